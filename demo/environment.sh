@@ -1,0 +1,28 @@
+# Sourced by demo/run.sh and tests/run.sh: makes .venv, or reuses it, and installs what is given.
+#
+#     source demo/environment.sh requirements.txt demo/requirements.txt
+
+fail() {
+    echo "$0: $1" >&2
+    exit 1
+}
+
+python=${PYTHON:-python3}
+command -v "$python" > /dev/null || fail "no $python: install Python 3.10 or newer, or set PYTHON"
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+    || fail "$("$python" --version) is too old: wanted is 3.10 or newer; set PYTHON to one"
+installed=.venv/installed-$(cat "$@" | cksum | cut -d ' ' -f 1)
+if [ -e "$installed" ]; then
+    echo "== .venv: there already"
+else
+    free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1048576) }')
+    [ "$free" -ge 8 ] || fail "$free GiB of disk are free, but PyTorch and its libraries want 8"
+    echo "== .venv: installing $* (about 6 GB with PyTorch's GPU libraries; a few minutes)"
+    [ -x .venv/bin/python ] || "$python" -m venv .venv \
+        || fail "$python cannot make a virtual environment: on Debian, install python3-venv"
+    requirements=()
+    for file in "$@"; do requirements+=(--requirement "$file"); done
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check "${requirements[@]}" \
+        || fail "pip could not install $*: see its lines above"
+    touch "$installed"
+fi

@@ -1,0 +1,102 @@
+"""Recognise a manifest with beam search and score it.
+
+    python recognize.py --projector_model_path exp/model.safetensors --data_path test.jsonl \
+        --result_path result.jsonl
+
+writes one hypothesis a line in the manifest's order, and prints WER, or CER for Chinese, Japanese
+and the like, when the manifest has transcripts.
+"""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import jiwer
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers.hf_argparser import HfArg, HfArgumentParser
+from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
+
+from data import Collator, read_manifest
+from model import InputError, load
+
+# scripts written without spaces between words: Thai to Burmese, kana, Chinese characters
+NO_WORD_BOUNDARIES = re.compile("[\u0e00-\u109f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
+
+
+@dataclass
+class ModelArguments:
+    projector_model_path: str = HfArg(help="The model.safetensors that train.py wrote.")
+    llm_model_name_or_path: str | None = HfArg(default=None, help="Where it is now, if it moved.")
+    whisper_model_name_or_path: str | None = HfArg(default=None, help="Where it is now, likewise.")
+
+
+@dataclass
+class DecodingArguments:
+    data_path: list[str] = HfArg(help="JSONL manifests; txt may be missing.")
+    result_path: str = HfArg(help="One hypothesis a line: text if it ends in .txt, else JSONL.")
+    num_beams: int = HfArg(default=3, help="Width of the beam; 1 is greedy.")
+    batch_size: int = HfArg(default=8, help="Utterances decoded at once.")
+    max_new_tokens: int = HfArg(default=200, help="Longest hypothesis, in tokens.")
+
+
+def recognize(model, tokenizer, rows: list[dict], batch_size: int, beam: dict) -> Iterator[str]:
+    """Yield the hypothesis of each row of a manifest, in order; `beam` is for model.generate."""
+    n_mels = model.encoder.conv1.in_channels
+    collator = Collator(tokenizer, model.settings, n_mels, answers=False)
+    for batch in DataLoader(rows, batch_size, collate_fn=collator, num_workers=2):
+        batch = {key: tensor.to(model.llm.device) for key, tensor in batch.items()}
+        ids = model.generate(end_id=collator.end_id, beam=beam, **batch)
+        for text in tokenizer.batch_decode(ids, skip_special_tokens=True):
+            yield " ".join(text.split())
+
+
+def score(references: list[str], hypotheses: list[str]) -> str:
+    """The error rate in words: CER where most of the text has no word boundaries, otherwise WER.
+
+    openai-whisper normalises both sides, the English way where the references are nearly all ASCII.
+    """
+    text = "".join(references)
+    cer = len(NO_WORD_BOUNDARIES.findall(text)) > len(text) / 2
+    english = sum(character.isascii() for character in text) > 0.99 * len(text)
+    normalize = EnglishTextNormalizer() if english else BasicTextNormalizer(split_letters=cer)
+    out = jiwer.process_words(*([normalize(x) for x in side] for side in (references, hypotheses)))
+    name, unit = ("CER", "characters") if cer else ("WER", "words")
+    total = out.hits + out.substitutions + out.deletions
+    edits = f"{out.substitutions} substituted, {out.deletions} deleted, {out.insertions} inserted"
+    return f"{name} {100 * out.wer:.2f} % of {total} {unit}: {edits}"
+
+
+@torch.inference_mode()
+def main(argv: list[str] | None = None) -> None:
+    parser = HfArgumentParser((ModelArguments, DecodingArguments))
+    model_args, args = parser.parse_args_into_dataclasses(argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("recognition is one process: start it with python, not torchrun")
+    rows = read_manifest(args.data_path, need_text=False)
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    model, tokenizer = load(dtype=dtype, **vars(model_args))
+    beam = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
+    decoded = recognize(model.to(device).eval(), tokenizer, rows, args.batch_size, beam)
+    hypotheses, part = [], f"{args.result_path}.part"
+    with open(part, "w", encoding="utf-8") as file:
+        for row, text in zip(rows, tqdm(decoded, "recognize", len(rows), unit="utt")):
+            hypotheses.append(text)
+            result = {key: row[key] for key in row if key != "path"} | {"hyp": text}
+            plain = args.result_path.endswith(".txt")
+            print(text if plain else json.dumps(result, ensure_ascii=False), file=file, flush=True)
+    os.replace(part, args.result_path)
+    if all("txt" in row for row in rows):
+        print(score([row["txt"] for row in rows], hypotheses))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"recognize.py: {error}")

@@ -1,0 +1,101 @@
+"""Tiny random models, tokenizers and sounds, built locally for the tests."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from whisper.model import ModelDimensions, Whisper
+
+SPECIALS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|begin_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+]
+CHATML = """\
+{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}\
+{{ '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}{% endif %}\
+{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+LLAMA3 = """\
+{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}\
+{{ '<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n' + date_string + '<|eot_id|>' }}\
+{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'\
+ + message['content'] | trim + '<|eot_id|>' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
+TEXTS = ["go", "stop", "left", "right", "up now", "down", "yes", "no way"]
+
+
+def make_tokenizer(template: str | None, end: str) -> PreTrainedTokenizerFast:
+    """One token a byte; pad is `end`, as in the published recipe."""
+    letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(BPE(vocab=letters, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in SPECIALS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=end, pad_token=end, chat_template=template
+    )
+
+
+def make_llm(folder: Path, family: str) -> Path:
+    """A random Qwen2 with ChatML, or a random Llama with Llama 3's template, and its tokenizer."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 256 + len(SPECIALS),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "initializer_range": 0.1,
+    }
+    if family == "qwen":
+        tokenizer = make_tokenizer(CHATML, "<|im_end|>")
+        llm = Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=True))
+    else:
+        tokenizer = make_tokenizer(LLAMA3, "<|eot_id|>")
+        llm = LlamaForCausalLM(LlamaConfig(**sizes))
+    llm.generation_config.eos_token_id = tokenizer.eos_token_id
+    llm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_whisper(path: Path, n_mels: int = 80, width: int = 32) -> Path:
+    """A random Whisper in openai-whisper's file format."""
+    torch.manual_seed(0)
+    dims = ModelDimensions(n_mels, 1500, width, 2, 2, 100, 8, width, 2, 1)
+    torch.save({"dims": vars(dims), "model_state_dict": Whisper(dims).state_dict()}, path)
+    return path
+
+
+def make_sound(path: Path, seconds: float, pitch: float, rate: int = 16_000) -> Path:
+    """A sine of `pitch` Hz that fades out."""
+    time = np.arange(int(seconds * rate)) / rate
+    soundfile.write(path, 0.5 * np.sin(2 * np.pi * pitch * time) * np.exp(-time), rate)
+    return path
+
+
+def make_manifest(folder: Path, texts: list[str] = TEXTS) -> Path:
+    """A manifest of sounds of different lengths and pitches."""
+    with open(folder / "manifest.jsonl", "w") as manifest:
+        for i, text in enumerate(texts):
+            make_sound(folder / f"{i}.wav", 0.5 + 0.13 * i, 200 * 1.5**i)
+            print(json.dumps({"wav": f"{i}.wav", "txt": text}), file=manifest)
+    return folder / "manifest.jsonl"

@@ -1,0 +1,93 @@
+"""Train the projector between a frozen Whisper encoder and a frozen LLM.
+
+    torchrun --nproc_per_node=2 train.py --llm_model_name_or_path Qwen2-1.5B-Instruct \
+        --whisper_model_name_or_path tiny --data_path train.jsonl --output_dir exp --bf16 True
+
+All arguments of the Hugging Face Trainer are understood. Started again with the same command, it
+goes on from the newest checkpoint in `output_dir`.
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import set_seed
+from transformers.hf_argparser import HfArg, HfArgumentParser
+from transformers.trainer_utils import get_last_checkpoint
+
+from data import Collator, read_manifest
+from model import InputError, load
+
+
+@dataclass
+class ModelArguments:
+    llm_model_name_or_path: str | None = HfArg(default=None, help="A Qwen, Llama or other LLM.")
+    whisper_model_name_or_path: str | None = HfArg(default=None, help="tiny ... turbo, or a .pt.")
+    projector_model_path: str | None = HfArg(default=None, help="A projector to start from.")
+    stride: int | None = HfArg(default=None, help="Encoder positions (20 ms) joined: default 5.")
+    prompt: str | None = HfArg(default=None, help="What stands after the audio; see model.py.")
+
+
+@dataclass
+class DataArguments:
+    data_path: list[str] = HfArg(help="JSONL manifests; one named twice counts twice.")
+    eval_data_path: list[str] | None = HfArg(default=None, help="JSONL manifests for eval_loss.")
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    model_max_length: int = HfArg(default=512, help="Most positions of prompt, audio and text.")
+    # flags of the published recipe that transformers 5 renamed
+    eval_strategy: str = HfArg(default="no", aliases=["--evaluation_strategy"])
+    warmup_steps: float = HfArg(default=0, aliases=["--warmup_ratio"], help="Below 1: a ratio.")
+
+    def __post_init__(self):
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self.remove_unused_columns = False  # the collator needs them
+        self.ddp_find_unused_parameters = False  # every step uses the whole projector
+        super().__post_init__()
+
+
+class ProjectorTrainer(transformers.Trainer):
+    """The Trainer, but a checkpoint's model.safetensors is the projector and its settings."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        output_dir = Path(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            self.model.save_projector(output_dir / "model.safetensors")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        self.model.load_projector(Path(resume_from_checkpoint) / "model.safetensors")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
+    model_args, data_args, args = parser.parse_args_into_dataclasses(argv)
+    if args.n_gpu > 1:
+        raise InputError(f"{args.n_gpu} GPUs: start it with torchrun --nproc_per_node={args.n_gpu}")
+    train_rows = read_manifest(data_args.data_path)
+    eval_rows = read_manifest(data_args.eval_data_path) if data_args.eval_data_path else None
+
+    set_seed(args.seed)  # for the projector's first weights
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    model, tokenizer = load(dtype=dtype, **vars(model_args))
+    n_mels = model.encoder.conv1.in_channels
+    collator = Collator(tokenizer, model.settings, n_mels, args.model_max_length)
+    trainer = ProjectorTrainer(model, args, collator, train_rows, eval_rows)
+    newest = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+    trainer.train(resume_from_checkpoint=newest)
+    trainer.save_model()
+    trainer.save_state()
+    if eval_rows:
+        trainer.evaluate()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"train.py: {error}")
