@@ -33,11 +33,13 @@ CHATML = """\
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 LLAMA3 = """\
 {% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}\
-{{ '<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n' + date_string + '<|eot_id|>' }}\
+{{ '<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n' }}\
+{{ date_string + '<|eot_id|>' }}\
 {% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'\
  + message['content'] | trim + '<|eot_id|>' }}{% endfor %}\
-{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
-TEXTS = ["go", "stop", "left", "right", "up now", "down", "yes", "no way"]
+{% if add_generation_prompt %}\
+{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
+TEXTS = ["go", "no", "up", "left", "on", "ten", "in", "red"]
 
 
 def make_tokenizer(template: str | None, end: str) -> PreTrainedTokenizerFast:
@@ -57,13 +59,13 @@ def make_llm(folder: Path, family: str) -> Path:
     torch.manual_seed(0)
     sizes = {
         "vocab_size": 256 + len(SPECIALS),
-        "hidden_size": 64,
+        "hidden_size": 128,
         "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 4096,
-        "initializer_range": 0.1,
+        "initializer_range": 0.2,
     }
     if family == "qwen":
         tokenizer = make_tokenizer(CHATML, "<|im_end|>")
@@ -80,7 +82,7 @@ def make_llm(folder: Path, family: str) -> Path:
 def make_whisper(path: Path, n_mels: int = 80, width: int = 32) -> Path:
     """A random Whisper in openai-whisper's file format."""
     torch.manual_seed(0)
-    dims = ModelDimensions(n_mels, 1500, width, 2, 2, 100, 8, width, 2, 1)
+    dims = ModelDimensions(n_mels, 1500, width, 1, 1, 100, 8, width, 1, 1)
     torch.save({"dims": vars(dims), "model_state_dict": Whisper(dims).state_dict()}, path)
     return path
 

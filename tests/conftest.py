@@ -1,0 +1,34 @@
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import transformers
+
+from model import load
+
+sys.path.append(str(Path(__file__).parents[1] / "demo"))
+transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def paths(tmp_path_factory):
+    """Where the tiny models and a manifest of eight sounds are."""
+    folder = tmp_path_factory.mktemp("tiny")
+    return SimpleNamespace(
+        qwen=str(tiny.make_llm(folder / "qwen", "qwen")),
+        llama=str(tiny.make_llm(folder / "llama", "llama")),
+        whisper=str(tiny.make_whisper(folder / "tiny.pt")),
+        whisper128=str(tiny.make_whisper(folder / "large.pt", n_mels=128, width=48)),
+        manifest=str(tiny.make_manifest(folder)),
+    )
+
+
+@pytest.fixture(scope="session")
+def projector(paths, tmp_path_factory):
+    """A projector file between the tiny Qwen and the tiny Whisper, as it is before training."""
+    path = tmp_path_factory.mktemp("projector") / "model.safetensors"
+    names = {"llm_model_name_or_path": paths.qwen, "whisper_model_name_or_path": paths.whisper}
+    load(**names)[0].save_projector(path)
+    return str(path)

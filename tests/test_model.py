@@ -1,0 +1,258 @@
+import pytest
+import tiny
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from data import Collator, read_manifest
+from model import IGNORE, InputError, Projector, load
+
+LLM_DIMS = {"LLaMA3-8B": 4096, "Qwen2-0.5B": 896, "Qwen2-1.5B": 1536, "Qwen2-7B": 3584}
+ENCODER_DIMS = {"tiny": 384, "small": 768, "large": 1280}
+
+
+def load_tiny(paths, llm="qwen", whisper="whisper", **options):
+    torch.manual_seed(0)
+    names = {"llm_model_name_or_path": getattr(paths, llm)}
+    names["whisper_model_name_or_path"] = getattr(paths, whisper)
+    return load(**names, **options)
+
+
+def make_batch(model, tokenizer, rows, **options):
+    return Collator(tokenizer, model.settings, model.encoder.conv1.in_channels, **options)(rows)
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.projector.parameters()])
+
+
+def millions(encoder, llm):
+    projector = Projector(ENCODER_DIMS[encoder], LLM_DIMS[llm])
+    return sum(p.numel() for p in projector.parameters()) / 2**20
+
+
+@pytest.mark.parametrize("encoder, size", [("tiny", 9.46), ("small", 12.32), ("large", 18.32)])
+def test_projector_sizes_are_those_of_the_table_by_encoder_for_llama3(encoder, size):
+    assert round(millions(encoder, "LLaMA3-8B"), 2) == size
+
+
+@pytest.mark.parametrize(
+    "encoder, llm, size, digits",
+    [
+        ("large", "Qwen2-0.5B", 12.07, 2),
+        ("large", "Qwen2-1.5B", 13.32, 2),
+        ("large", "Qwen2-7B", 17.32, 2),
+        ("tiny", "Qwen2-1.5B", 4.5, 1),
+        ("small", "Qwen2-1.5B", 7.3, 1),
+    ],
+)
+def test_projector_sizes_are_those_of_the_table_by_llm_for_qwen2(encoder, llm, size, digits):
+    assert round(millions(encoder, llm), digits) == size
+
+
+@pytest.mark.parametrize("length, positions", [(1, 1), (4, 1), (5, 1), (6, 2), (9, 2), (10, 2)])
+def test_projector_rounds_lengths_up_and_pads_with_zeros(length, positions):
+    projector = Projector(encoder_dim=3, llm_dim=4, hidden_dim=8, stride=5)
+    x = torch.randn(2, length, 3)
+    padded = torch.cat([x, torch.zeros(2, positions * 5 - length, 3)], dim=1)
+    assert projector(x).shape == (2, positions, 4)
+    assert torch.equal(projector(x), projector(padded))
+
+
+@pytest.mark.parametrize(
+    "samples, positions, audio",
+    [
+        (320, 1, 1),
+        (321, 2, 1),
+        (1600, 5, 1),
+        (1601, 6, 2),
+        (480_000, 1500, 300),
+        (481_000, 1504, 301),
+    ],
+)
+def test_audio_of_any_length_takes_its_true_number_of_positions(
+    paths, tmp_path, samples, positions, audio
+):
+    model, tokenizer = load_tiny(paths)
+    path = tiny.make_sound(tmp_path / "a.wav", samples / 16_000, 300)
+    batch = make_batch(model, tokenizer, [{"path": path, "txt": "go"}])
+    assert batch["encoder_lengths"].tolist() == [positions]
+    assert batch["audio_mask"].sum() == audio
+    assert model.encode(batch["mel"], batch["encoder_lengths"]).shape[:2] == (1, positions)
+    assert model(**batch).loss.isfinite()
+
+
+def test_windows_of_long_audio_are_encoded_apart_and_joined(paths):
+    model, _ = load_tiny(paths)
+    mel = torch.randn(4, 80, 3000)  # 30 s, 41 s (two windows), 10 s
+    lengths = torch.tensor([1500, 2050, 500])
+    encoded = model.encode(mel, lengths)
+    windows = model.encoder(mel)
+    assert encoded.shape == (3, 2050, 32)
+    assert torch.allclose(encoded[0, :1500], windows[0], atol=1e-6)
+    assert torch.allclose(encoded[1], torch.cat([windows[1], windows[2, :550]]), atol=1e-6)
+    assert torch.allclose(encoded[2, :500], windows[3, :500], atol=1e-6)
+    assert not encoded[0, 1500:].any() and not encoded[2, 500:].any()
+
+
+def test_audio_is_spliced_into_its_places_and_nowhere_else(paths):
+    model, tokenizer = load_tiny(paths)
+    batch = make_batch(model, tokenizer, read_manifest([paths.manifest])[:3])
+    speech = {k: batch[k] for k in ("input_ids", "audio_mask", "mel", "encoder_lengths")}
+    embedded = model.embed(**speech)
+    tokens = model.llm.get_input_embeddings()(batch["input_ids"])
+    mask = batch["audio_mask"]
+    assert torch.equal(embedded[~mask], tokens[~mask])
+    encoded = model.encode(batch["mel"], batch["encoder_lengths"])
+    for row in range(3):
+        own = model.projector(encoded[row : row + 1, : batch["encoder_lengths"][row]])[0]
+        assert torch.allclose(embedded[row][mask[row]], own, atol=1e-5)
+
+
+@pytest.mark.parametrize("llm", ["qwen", "llama"])
+def test_logits_for_labels_alone_give_the_full_loss_and_gradients(paths, llm):
+    model, tokenizer = load_tiny(paths, llm)
+    batch = make_batch(model, tokenizer, read_manifest([paths.manifest]))
+    labels, attention_mask = batch["labels"], batch["attention_mask"]
+    out = model(**batch)
+    assert out.logits.shape[1] == (labels[:, 1:] != IGNORE).any(0).sum() + 1 < labels.shape[1]
+    speech = {k: batch[k] for k in ("input_ids", "audio_mask", "mel", "encoder_lengths")}
+    full = model.llm(
+        inputs_embeds=model.embed(**speech),
+        attention_mask=attention_mask,
+        position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
+    ).logits
+    loss = torch.nn.functional.cross_entropy(full[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert torch.allclose(out.loss, loss, atol=1e-5)
+    assert torch.allclose(gradients(model, out.loss), gradients(model, loss), atol=1e-5)
+
+
+def test_loss_is_a_mean_over_all_labels_of_an_optimizer_step(paths):
+    model, tokenizer = load_tiny(paths)
+    rows = read_manifest([paths.manifest])[:4]  # answers of unequal lengths
+    whole = make_batch(model, tokenizer, rows)
+    total = (whole["labels"] != IGNORE).sum()
+    parts = [make_batch(model, tokenizer, part) for part in (rows[:1], rows[1:])]
+    loss = sum(model(**part, num_items_in_batch=total).loss for part in parts)
+    assert torch.allclose(loss, model(**whole).loss, atol=1e-5)
+
+
+@pytest.mark.parametrize("llm", ["qwen", "llama"])
+def test_a_batch_of_four_equals_four_single_runs(paths, llm):
+    model, tokenizer = load_tiny(paths, llm)
+    rows = read_manifest([paths.manifest])[::2]
+    options = {"end_id": tokenizer.eos_token_id}
+    options["beam"] = {"num_beams": 3, "max_new_tokens": 12}
+    batch = make_batch(model, tokenizer, rows)
+    count = (batch["labels"] != IGNORE).sum()
+    decode = make_batch(model, tokenizer, rows, answers=False)
+    together = tokenizer.batch_decode(model.generate(**decode, **options), skip_special_tokens=True)
+    loss, apart = 0, []
+    for row in rows:
+        loss += model(**make_batch(model, tokenizer, [row]), num_items_in_batch=count).loss
+        single = model.generate(**make_batch(model, tokenizer, [row], answers=False), **options)
+        apart += tokenizer.batch_decode(single, skip_special_tokens=True)
+    assert torch.allclose(model(**batch).loss, loss, atol=1e-5)
+    assert together == apart and len(set(apart)) > 1
+
+
+def test_only_the_projector_has_gradients(paths):
+    model, tokenizer = load_tiny(paths)
+    model(**make_batch(model, tokenizer, read_manifest([paths.manifest])[:2])).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == name.startswith("projector."), name
+
+
+def test_under_bfloat16_the_projector_stays_float32(paths):
+    model, tokenizer = load_tiny(paths, dtype=torch.bfloat16)
+    batch = make_batch(model, tokenizer, read_manifest([paths.manifest])[:2])
+    assert model.llm.dtype == torch.bfloat16
+    exact = load_tiny(paths)[0](**batch).loss
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(**batch).loss
+        loss.backward()
+        assert torch.allclose(loss.float(), exact, rtol=0.03)
+        assert {p.grad.dtype for p in model.projector.parameters()} == {torch.float32}
+
+
+def test_encoders_of_128_mel_bins_are_read(paths):
+    model, tokenizer = load_tiny(paths, whisper="whisper128")
+    batch = make_batch(model, tokenizer, read_manifest([paths.manifest])[:2])
+    assert batch["mel"].shape == (2, 128, 3000)
+    assert model(**batch).loss.isfinite()
+
+
+def test_sampling_and_penalties_of_a_chat_model_are_dropped_but_its_stops_kept(paths, tmp_path):
+    model, tokenizer = load_tiny(paths)
+    llm = model.llm
+    llm.generation_config.update(eos_token_id=[3, 4], do_sample=True, repetition_penalty=9.0)
+    llm.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    chat, _ = load(llm_model_name_or_path=str(tmp_path), whisper_model_name_or_path=paths.whisper)
+    assert chat.stop_ids == [3, 4]
+    assert not chat.llm.generation_config.do_sample
+    assert chat.llm.generation_config.repetition_penalty is None
+
+
+def test_a_projector_file_holds_the_projector_and_brings_all_settings_back(paths, tmp_path):
+    model, _ = load_tiny(paths, stride=4, prompt="Repeat it.")
+    path = str(tmp_path / "model.safetensors")
+    model.save_projector(path)
+    with safe_open(path, "pt") as file:
+        assert file.keys() and all(name.startswith("projector.") for name in file.keys())  # noqa: SIM118
+    again, _ = load(path)
+    assert again.settings == model.settings
+    assert again.settings["stride"] == "4" and again.settings["prompt"] == "Repeat it."
+    for name, tensor in model.projector.state_dict().items():
+        assert torch.equal(tensor, again.projector.state_dict()[name])
+
+
+def test_a_model_that_moved_is_taken_from_its_new_place(paths, tmp_path):
+    load_tiny(paths)[0].save_projector(tmp_path / "model.safetensors")
+    (tmp_path / "elsewhere").mkdir()
+    moved = tiny.make_llm(tmp_path / "elsewhere" / "qwen", "qwen")
+    model, _ = load(str(tmp_path / "model.safetensors"), llm_model_name_or_path=str(moved))
+    assert model.settings["llm_model_name_or_path"] == str(moved)
+
+
+@pytest.mark.parametrize(
+    "setting, value, message",
+    [
+        ("llm_model_name_or_path", "other/llm", "'other/llm', but .* was trained with '.*qwen'"),
+        ("whisper_model_name_or_path", "base", "'base', but .* was trained with '.*tiny.pt'"),
+        ("stride", 4, "--stride is '4', but .* was trained with '5'"),
+        ("prompt", "Sing.", "--prompt is 'Sing.'"),
+    ],
+)
+def test_a_projector_of_other_settings_is_refused(paths, tmp_path, setting, value, message):
+    path = str(tmp_path / "model.safetensors")
+    load_tiny(paths)[0].save_projector(path)
+    with pytest.raises(InputError, match=message):
+        load(path, **{setting: value})
+
+
+def test_a_projector_of_other_sizes_is_refused(paths, tmp_path):
+    path = str(tmp_path / "model.safetensors")
+    load_tiny(paths)[0].save_projector(path)
+    with pytest.raises(InputError, match=r"(?s)does not fit.*mismatch for projector.conv"):
+        load_tiny(paths, whisper="whisper128")[0].load_projector(path)
+
+
+def test_files_that_are_no_projector_are_refused(paths, tmp_path):
+    path = str(tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="cannot be read as a projector file"):
+        load(path)
+    load_tiny(paths)[0].save_projector(path)
+    save_file(load_file(path), path)  # without metadata
+    with pytest.raises(InputError, match="format None, not 1"):
+        load(path)
+
+
+def test_missing_and_unknown_models_are_named(paths):
+    with pytest.raises(InputError, match="--llm_model_name_or_path is needed"):
+        load(whisper_model_name_or_path=paths.whisper)
+    with pytest.raises(InputError, match=r"Model huge not found; available models = .*'tiny'"):
+        load(llm_model_name_or_path=paths.qwen, whisper_model_name_or_path="huge")
