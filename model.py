@@ -64,6 +64,7 @@ class SpeechLLM(nn.Module):
     @torch.no_grad()
     def encode(self, mel: Tensor, encoder_lengths: Tensor) -> Tensor:
         """Log-mel windows (W, M, F) -> encoder output (B, E, C), zero beyond each length."""
+        # the float32 weights of Whisper's layers follow their input's dtype
         windows = self.encoder(mel.to(self.llm.dtype))  # (W, 1500, C)
         lengths = encoder_lengths.tolist()
         counts = [-(-length // windows.shape[1]) for length in lengths]
@@ -84,18 +85,15 @@ class SpeechLLM(nn.Module):
         A mean over `num_items_in_batch` labels (all of an optimizer's step), or else over its own.
         """
         n = int((labels != IGNORE).any(0).sum()) + 1  # the position before an answer predicts it
-        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # as generate() counts them
-        inputs = {"attention_mask": attention_mask, "position_ids": positions, "use_cache": False}
+        inputs = {"inputs_embeds": self.embed(**speech), "attention_mask": attention_mask}
         target = {"labels": labels[:, -n:], "num_items_in_batch": num_items_in_batch}
-        return self.llm(inputs_embeds=self.embed(**speech), **inputs, **target, logits_to_keep=n)
+        return self.llm(**inputs, **target, logits_to_keep=n, use_cache=False)
 
     def generate(self, attention_mask, end_id: int, beam: dict, **speech) -> Tensor:
         """New token ids (B, T), filled up with `end_id`; `beam` is options of generate()."""
+        inputs = {"inputs_embeds": self.embed(**speech), "attention_mask": attention_mask}
         ends = {"eos_token_id": [end_id, *self.stop_ids], "pad_token_id": end_id}
-        embeds = self.embed(**speech)
-        return self.llm.generate(
-            inputs_embeds=embeds, attention_mask=attention_mask, **ends, **beam
-        )
+        return self.llm.generate(**inputs, **ends, **beam)
 
     def save_projector(self, path: Path) -> None:
         """Write the projector's weights, with the settings as metadata, as safetensors."""
@@ -134,7 +132,8 @@ def load(projector_model_path=None, dtype=torch.float32, **given):
     saved = read_projector(projector_model_path)[0] if projector_model_path else {}
     given = {key: str(value) for key, value in given.items() if value is not None}
     for key in given.keys() & saved.keys():
-        if Path(given[key]).name != Path(saved[key]).name:
+        part = (lambda path: Path(path).name) if key.endswith("path") else str
+        if part(given[key]) != part(saved[key]):
             got = f"--{key} is {given[key]!r}, but {projector_model_path} was trained with"
             raise InputError(f"{got} {saved[key]!r}; leave that option out, or train for it")
     settings = {**DEFAULTS, **saved, **given}

@@ -81,9 +81,9 @@ def main(argv: list[str] | None = None) -> None:
     newest = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
     trainer.train(resume_from_checkpoint=newest)
     trainer.save_model()
-    trainer.save_state()
     if eval_rows:
         trainer.evaluate()
+    trainer.save_state()
 
 
 if __name__ == "__main__":

@@ -122,7 +122,6 @@ def test_logits_for_labels_alone_give_the_full_loss_and_gradients(paths, llm):
     full = model.llm(
         inputs_embeds=model.embed(**speech),
         attention_mask=attention_mask,
-        position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
     ).logits
     loss = torch.nn.functional.cross_entropy(full[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     assert torch.allclose(out.loss, loss, atol=1e-5)
@@ -197,6 +196,20 @@ def test_sampling_and_penalties_of_a_chat_model_are_dropped_but_its_stops_kept(p
     assert chat.llm.generation_config.repetition_penalty is None
 
 
+def test_decoding_ends_at_the_end_of_turn_and_at_the_models_own_stops(paths):
+    model, tokenizer = load_tiny(paths)
+    batch = make_batch(model, tokenizer, read_manifest([paths.manifest])[:1], answers=False)
+    beam = {"num_beams": 1, "max_new_tokens": 40}
+    free = model.generate(**batch, end_id=0, beam=beam)[0].tolist()
+    end_id = next(token for token in free if token != free[0])
+    assert (
+        model.generate(**batch, end_id=end_id, beam=beam)[0].tolist()
+        == free[: free.index(end_id) + 1]
+    )
+    model.stop_ids = [free[0]]
+    assert model.generate(**batch, end_id=end_id, beam=beam)[0].tolist() == free[:1]
+
+
 def test_a_projector_file_holds_the_projector_and_brings_all_settings_back(paths, tmp_path):
     model, _ = load_tiny(paths, stride=4, prompt="Repeat it.")
     path = str(tmp_path / "model.safetensors")
@@ -224,7 +237,7 @@ def test_a_model_that_moved_is_taken_from_its_new_place(paths, tmp_path):
         ("llm_model_name_or_path", "other/llm", "'other/llm', but .* was trained with '.*qwen'"),
         ("whisper_model_name_or_path", "base", "'base', but .* was trained with '.*tiny.pt'"),
         ("stride", 4, "--stride is '4', but .* was trained with '5'"),
-        ("prompt", "Sing.", "--prompt is 'Sing.'"),
+        ("prompt", "or/Transcribe the speech.", "--prompt is 'or/Transcribe the speech.'"),
     ],
 )
 def test_a_projector_of_other_settings_is_refused(paths, tmp_path, setting, value, message):

@@ -156,7 +156,7 @@ def test_evaluation_loss_is_that_of_the_evaluation_manifest(paths, tmp_path):
     ]
     run(paths, tmp_path, *options, "--evaluation_strategy", "epoch", "--learning_rate", "1e-2")
     losses = log(tmp_path, "eval_loss")
-    assert len(losses) == 2 and losses[1] < losses[0]
+    assert len(losses) == 3 and losses[2] == losses[1] < losses[0]
 
 
 def test_the_older_flags_mean_what_they_meant(paths, tmp_path):

@@ -1,0 +1,90 @@
+"""The demo's converters and what README promises about the code."""
+
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import models
+import speech
+import tiny
+import torch
+import whisper
+
+ROOT = Path(__file__).parents[1]
+
+
+def write_ctranslate2(path, state, layers):
+    """A Whisper state dict as CTranslate2 writes it: stacked attention weights, half floats."""
+    names = {"encoder/conv1": "encoder.conv1", "encoder/conv2": "encoder.conv2"}
+    names |= {"encoder/layer_norm": "encoder.ln_post", "decoder/layer_norm": "decoder.ln"}
+    stacks = {}
+    for side in ("encoder", "decoder"):
+        for i in range(layers):
+            ours, theirs = f"{side}.blocks.{i}", f"{side}/layer_{i}"
+            names |= {f"{theirs}/ffn/layer_norm": f"{ours}.mlp_ln"}
+            names |= {f"{theirs}/ffn/linear_{j}": f"{ours}.mlp.{2 * j}" for j in (0, 1)}
+            names |= {f"{theirs}/self_attention/layer_norm": f"{ours}.attn_ln"}
+            parts = [f"{ours}.attn.{part}" for part in ("query", "key", "value")]
+            stacks |= {f"{theirs}/self_attention/linear_0": parts}
+            names |= {f"{theirs}/self_attention/linear_1": f"{ours}.attn.out"}
+    for i in range(layers):
+        ours, theirs = f"decoder.blocks.{i}.cross_attn", f"decoder/layer_{i}/attention"
+        names |= {f"{theirs}/layer_norm": f"{ours}_ln", f"{theirs}/linear_0": f"{ours}.query"}
+        names |= {f"{theirs}/linear_2": f"{ours}.out"}
+        stacks |= {f"{theirs}/linear_1": [f"{ours}.key", f"{ours}.value"]}
+    variables = {
+        "encoder/position_encodings/encodings": state["encoder.positional_embedding"],
+        "decoder/position_encodings/encodings": state["decoder.positional_embedding"],
+        "decoder/embeddings/weight": state["decoder.token_embedding.weight"],
+    }
+    stacks |= {theirs: [ours] for theirs, ours in names.items()}
+    for theirs, parts in stacks.items():
+        leaves = ("gamma", "beta") if "layer_norm" in theirs else ("weight", "bias")
+        for leaf, kind in zip(leaves, ("weight", "bias")):
+            zero = torch.zeros(state[f"{parts[0]}.weight"].shape[0])  # a key has no bias
+            tensors = [state.get(f"{part}.{kind}", zero) for part in parts]
+            variables[f"{theirs}/{leaf}"] = torch.cat(tensors)
+
+    def string(text):
+        return struct.pack("<H", len(text) + 1) + text.encode() + b"\0"
+
+    with open(path, "wb") as file:
+        file.write(struct.pack("<I", 6) + string("WhisperSpec"))
+        file.write(struct.pack("<II", 3, len(variables) + 1))
+        file.write(string("decoder/num_heads") + struct.pack("<BBIh", 0, 2, 2, 1))
+        for name, tensor in variables.items():
+            shape = tensor.shape
+            file.write(string(name) + struct.pack(f"<B{len(shape)}I", len(shape), *shape))
+            data = tensor.half().numpy().tobytes()
+            file.write(struct.pack("<BI", 4, len(data)) + data)
+        file.write(struct.pack("<I", 0))
+
+
+def test_a_ctranslate2_whisper_becomes_the_whisper_it_was(tmp_path):
+    path = tiny.make_whisper(tmp_path / "tiny.pt", width=64)
+    state = whisper.load_model(str(path)).state_dict()
+    write_ctranslate2(tmp_path / "model.bin", state, layers=1)
+    models.convert_whisper(tmp_path / "model.bin", tmp_path / "again.pt")
+    again = whisper.load_model(str(tmp_path / "again.pt")).state_dict()
+    assert again.keys() == state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(again[name].float(), tensor.half().float()), name
+
+
+def test_no_sentence_of_the_demo_is_in_two_sets():
+    drawn = speech.sentences(seed=0)
+    assert len(drawn["train"]) >= 400 and len(drawn["test"]) >= 100
+    assert len({*drawn["train"], *drawn["test"]}) == len(drawn["train"]) + len(drawn["test"])
+    assert drawn == speech.sentences(seed=0) != speech.sentences(seed=1)
+    words = {word for text in drawn["train"] for word in text.split()}
+    assert words >= {word for text in drawn["test"] for word in text.split()}
+
+
+def test_the_core_is_as_short_as_readme_says():
+    command = [sys.executable, "bench/core_lines.py"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    total = int(re.search(r"total (\d+) of at most 350", printed)[1])
+    assert total <= 350
+    assert f"{total} lines of code" in (ROOT / "README.md").read_text(encoding="utf-8")
