@@ -7,10 +7,8 @@ positions (50 a second), A audio positions (E / stride), T tokens.
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import soundfile
 import soxr
 import torch
@@ -25,8 +23,8 @@ SAMPLES_PER_POSITION = 2 * HOP_LENGTH  # the second convolution of Whisper's enc
 PLACEHOLDER = "<|speech-goes-here|>"  # is rendered by the chat template, never tokenised
 
 
-def read_manifest(paths: Sequence[str], need_text: bool = True) -> list[dict]:
-    """All utterances of the manifests in order, each with its audio's `path` added.
+def read_manifest(paths: list[str], need_text: bool = True) -> list[dict]:
+    """All utterances of the manifests in order, each with where its audio is as `_path`.
 
     A relative `wav` is relative to its manifest. InputError with file:line for a bad line.
     """
@@ -56,21 +54,22 @@ def parse_line(line: str, where: str, folder: Path, need_text: bool) -> dict:
     path = folder / row["wav"]
     if not path.is_file():
         raise InputError(f'{where}: "wav" names {path}, which is no file')
-    return {**row, "path": str(path)}
+    return {**row, "_path": str(path)}
 
 
-def load_audio(path: str) -> np.ndarray:
+def load_audio(path: str):
     """Any file that libsndfile reads (wav, flac, ogg, opus, mp3) -> (S,) float32, mono, 16 kHz."""
     try:
         audio, rate = soundfile.read(path, dtype="float32", always_2d=True)  # (S, channels)
     except soundfile.LibsndfileError as error:
         raise InputError(f"{path}: cannot be decoded as audio: {error}") from error
+    audio = soxr.resample(audio.mean(axis=1), rate, SAMPLE_RATE)
     if len(audio) == 0:
-        raise InputError(f"{path}: holds no audio samples")
-    return soxr.resample(audio.mean(axis=1), rate, SAMPLE_RATE)
+        raise InputError(f"{path}: holds no audio")
+    return audio
 
 
-def log_mel(audio: np.ndarray, n_mels: int) -> Tensor:
+def log_mel(audio, n_mels: int) -> Tensor:
     """Audio (S,) -> log-mel of as many 30 s windows as it fills, the last padded: (W, M, F)."""
     windows = math.ceil(len(audio) / N_SAMPLES)
     mel = log_mel_spectrogram(pad_or_trim(audio, windows * N_SAMPLES), n_mels)  # (M, W * F)
@@ -124,7 +123,7 @@ class Collator:
             answer = [*self.tokenizer.encode(row["txt"], add_special_tokens=False), self.end_id]
         ids = [*self.before, *[self.end_id] * n_audio, *self.after, *answer]  # audio has any id
         if len(ids) > self.max_length:
-            got = f"{row['path']} needs {len(ids)} positions with its prompt and transcript, but"
+            got = f"{row['_path']} needs {len(ids)} positions with its prompt and transcript, but"
             raise InputError(f"{got} --model_max_length is {self.max_length}: raise it")
         places = torch.arange(len(ids))
         return {
@@ -135,7 +134,7 @@ class Collator:
         }
 
     def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
-        audios = [load_audio(row["path"]) for row in rows]
+        audios = [load_audio(row["_path"]) for row in rows]
         lengths = [math.ceil(len(audio) / SAMPLES_PER_POSITION) for audio in audios]
         sequences = [self.sequence(row, length) for row, length in zip(rows, lengths)]
         padding = {"input_ids": self.end_id, "attention_mask": 0, "audio_mask": False}

@@ -4,6 +4,8 @@ Shapes: B utterances, W windows of 30 s, M mel bins, F = 3000 mel frames a windo
 positions (50 a second), C encoder width, A audio positions (E / stride), D LLM width, T tokens.
 """
 
+import os
+import sys
 from pathlib import Path
 
 import torch
@@ -15,20 +17,30 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-# the metadata of a projector file: all text; raise the version when older code must not read it
-DEFAULTS = {"format_version": "1", "hidden_dim": "2048", "stride": "5"}
-DEFAULTS["prompt"] = "Transcribe the speech."
+HIDDEN_DIM = 2048  # width of the projector's hidden layer
+STRIDE = 5  # encoder positions that the projector joins
+PROMPT = "Transcribe the speech."
+# metadata of a projector file; the format is to be raised when older code must not read newer files
+DEFAULTS = {"format": "1", "stride": str(STRIDE), "hidden_dim": str(HIDDEN_DIM), "prompt": PROMPT}
 IGNORE = -100  # the label of a position without loss, as in transformers and torch
 
 
 class InputError(ValueError):
-    """What a user can cause and mend; the commands print it without a traceback."""
+    """What a user can cause and mend."""
+
+
+def run(main) -> None:
+    """Call a command's main; an InputError, a data worker's too, becomes one line on stderr."""
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"{sys.argv[0]}: {str(error).rsplit('InputError: ', 1)[-1].strip()}")
 
 
 class Projector(nn.Module):
     """Encoder output (B, E, C) -> audio embeddings (B, ceil(E / stride), D), as in WeST."""
 
-    def __init__(self, encoder_dim: int, llm_dim: int, hidden_dim: int = 2048, stride: int = 5):
+    def __init__(self, encoder_dim: int, llm_dim: int, hidden_dim=HIDDEN_DIM, stride=STRIDE):
         super().__init__()
         self.stride = stride
         self.conv = nn.Conv1d(encoder_dim, encoder_dim, kernel_size=stride, stride=stride)
@@ -53,12 +65,13 @@ class SpeechLLM(nn.Module):
         super().__init__()
         self.settings = settings
         self.encoder = encoder.requires_grad_(False)
+        self.n_mels = encoder.conv1.in_channels  # 80, or 128 from large-v3 on
         dims = encoder.ln_post.normalized_shape[0], llm.get_input_embeddings().embedding_dim
         self.projector = Projector(*dims, int(settings["hidden_dim"]), int(settings["stride"]))
         self.llm = llm.requires_grad_(False)
         self.activation_checkpointing_enable = llm.activation_checkpointing_enable
-        stop = llm.generation_config.eos_token_id or []
-        self.stop_ids = [stop] if isinstance(stop, int) else stop
+        stop = llm.generation_config.eos_token_id
+        self.stop_ids = [stop] if isinstance(stop, int) else stop or []
         llm.generation_config = GenerationConfig()  # no sampling, no repetition penalty of a chat
 
     @torch.no_grad()
@@ -97,27 +110,37 @@ class SpeechLLM(nn.Module):
 
     def save_projector(self, path: Path) -> None:
         """Write the projector's weights, with the settings as metadata, as safetensors."""
-        save_file(self.projector.state_dict(prefix="projector."), path, self.settings)
+        part = f"{path}.part"
+        save_file(self.projector.state_dict(prefix="projector."), part, self.settings)
+        os.replace(part, path)
 
     def load_projector(self, path: Path) -> None:
-        """Read the projector's weights; InputError where their names or shapes do not fit."""
+        """Read the projector's weights; InputError where they are not for these models."""
+        _, weights = read_projector(path, self.settings)
         try:
-            nn.ModuleDict({"projector": self.projector}).load_state_dict(read_projector(path)[1])
+            nn.ModuleDict({"projector": self.projector}).load_state_dict(weights)
         except RuntimeError as error:
             raise InputError(f"{path} does not fit these models: {error}") from error
 
 
-def read_projector(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The settings and the weights in a projector file; InputError where it is none."""
+def read_projector(path: Path, wanted: dict[str, str]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The settings and the weights in a projector file; InputError where `wanted` differs.
+
+    A model may have moved: only the last part of its path, without ".pt", must be the same.
+    """
     try:
         with safe_open(path, "pt") as file:
             settings = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be read as a projector file: {error}") from error
-    got, wanted = settings.get("format_version"), DEFAULTS["format_version"]
-    if got != wanted:
-        raise InputError(f"{path} is no projector file of train.py: format {got}, not {wanted}")
+    if settings.get("format") != DEFAULTS["format"]:
+        raise InputError(f"{path} is no projector file of this version of train.py")
+    for key in wanted.keys() & settings.keys():
+        part = (lambda x: Path(x).name.removesuffix(".pt")) if key.endswith("path") else str
+        if part(wanted[key]) != part(settings[key]):
+            got = f"--{key} is {wanted[key]!r}, but {path} was trained with"
+            raise InputError(f"{got} {settings[key]!r}; leave that option out, or train for it")
     return settings, weights
 
 
@@ -126,27 +149,20 @@ def load(projector_model_path=None, dtype=torch.float32, **given):
 
     `given` are llm_model_name_or_path (for transformers' Auto classes), whisper_model_name_or_path
     (a name of openai-whisper's or a .pt file), stride and prompt. What is None is the projector
-    file's, or else the default. A model may have moved since the projector was trained: only the
-    last part of its path must be the same, or it is an InputError.
+    file's, or else the default.
     """
-    saved = read_projector(projector_model_path)[0] if projector_model_path else {}
     given = {key: str(value) for key, value in given.items() if value is not None}
-    for key in given.keys() & saved.keys():
-        part = (lambda path: Path(path).name) if key.endswith("path") else str
-        if part(given[key]) != part(saved[key]):
-            got = f"--{key} is {given[key]!r}, but {projector_model_path} was trained with"
-            raise InputError(f"{got} {saved[key]!r}; leave that option out, or train for it")
+    saved = read_projector(projector_model_path, given)[0] if projector_model_path else {}
     settings = {**DEFAULTS, **saved, **given}
     for key in {"llm_model_name_or_path", "whisper_model_name_or_path"} - settings.keys():
         raise InputError(f"--{key} is needed where there is no projector file that names it")
-    name = settings["llm_model_name_or_path"]
     # on a CPU in bfloat16, eager attention trains 1.4 times as fast as torch's own
     eager = dtype == torch.bfloat16 and not torch.accelerator.is_available()
     options = {"dtype": dtype, "attn_implementation": "eager" if eager else None}
     try:
         encoder = whisper.load_model(settings["whisper_model_name_or_path"], "cpu").encoder
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        llm = AutoModelForCausalLM.from_pretrained(name, **options)
+        tokenizer = AutoTokenizer.from_pretrained(settings["llm_model_name_or_path"])
+        llm = AutoModelForCausalLM.from_pretrained(settings["llm_model_name_or_path"], **options)
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"a model cannot be loaded: {error}") from error
     model = SpeechLLM(encoder, llm, settings)

@@ -3,14 +3,13 @@
     python recognize.py --projector_model_path exp/model.safetensors --data_path test.jsonl \
         --result_path result.jsonl
 
-writes one hypothesis a line in the manifest's order, and prints WER, or CER for Chinese, Japanese
-and the like, when the manifest has transcripts.
+writes one hypothesis a line in the manifest's order, and prints WER, or CER for Chinese and
+Japanese, of the utterances that have a transcript.
 """
 
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,10 +21,9 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 
 from data import Collator, read_manifest
-from model import InputError, load
+from model import InputError, load, run
 
-# scripts written without spaces between words: Thai to Burmese, kana, Chinese characters
-NO_WORD_BOUNDARIES = re.compile("[\u0e00-\u109f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
+CHINESE_OR_JAPANESE = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")  # no word boundaries
 
 
 @dataclass
@@ -46,8 +44,7 @@ class DecodingArguments:
 
 def recognize(model, tokenizer, rows: list[dict], batch_size: int, beam: dict) -> Iterator[str]:
     """Yield the hypothesis of each row of a manifest, in order; `beam` is for model.generate."""
-    n_mels = model.encoder.conv1.in_channels
-    collator = Collator(tokenizer, model.settings, n_mels, answers=False)
+    collator = Collator(tokenizer, model.settings, model.n_mels, answers=False)
     for batch in DataLoader(rows, batch_size, collate_fn=collator, num_workers=2):
         batch = {key: tensor.to(model.llm.device) for key, tensor in batch.items()}
         ids = model.generate(end_id=collator.end_id, beam=beam, **batch)
@@ -56,19 +53,21 @@ def recognize(model, tokenizer, rows: list[dict], batch_size: int, beam: dict) -
 
 
 def score(references: list[str], hypotheses: list[str]) -> str:
-    """The error rate in words: CER where most of the text has no word boundaries, otherwise WER.
+    """The error rate in words: CER where most of the text is Chinese or Japanese, otherwise WER.
 
     openai-whisper normalises both sides, the English way where the references are nearly all ASCII.
     """
     text = "".join(references)
-    cer = len(NO_WORD_BOUNDARIES.findall(text)) > len(text) / 2
+    cer = len(CHINESE_OR_JAPANESE.findall(text)) > len(text) / 2
     english = sum(character.isascii() for character in text) > 0.99 * len(text)
     normalize = EnglishTextNormalizer() if english else BasicTextNormalizer(split_letters=cer)
     out = jiwer.process_words(*([normalize(x) for x in side] for side in (references, hypotheses)))
     name, unit = ("CER", "characters") if cer else ("WER", "words")
     total = out.hits + out.substitutions + out.deletions
     edits = f"{out.substitutions} substituted, {out.deletions} deleted, {out.insertions} inserted"
-    return f"{name} {100 * out.wer:.2f} % of {total} {unit}: {edits}"
+    return (
+        f"{name} {100 * out.wer:.2f} % of {total} {unit} in {len(references)} utterances: {edits}"
+    )
 
 
 @torch.inference_mode()
@@ -78,6 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("recognition is one process: start it with python, not torchrun")
     rows = read_manifest(args.data_path, need_text=False)
+    os.makedirs(os.path.dirname(args.result_path) or ".", exist_ok=True)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     model, tokenizer = load(dtype=dtype, **vars(model_args))
@@ -87,16 +87,14 @@ def main(argv: list[str] | None = None) -> None:
     with open(part, "w", encoding="utf-8") as file:
         for row, text in zip(rows, tqdm(decoded, "recognize", len(rows), unit="utt")):
             hypotheses.append(text)
-            result = {key: row[key] for key in row if key != "path"} | {"hyp": text}
+            result = {key: row[key] for key in row if key != "_path"} | {"hyp": text}
             plain = args.result_path.endswith(".txt")
             print(text if plain else json.dumps(result, ensure_ascii=False), file=file, flush=True)
     os.replace(part, args.result_path)
-    if all("txt" in row for row in rows):
-        print(score([row["txt"] for row in rows], hypotheses))
+    scored = [(row["txt"], text) for row, text in zip(rows, hypotheses) if "txt" in row]
+    if scored:
+        print(score(*zip(*scored)))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"recognize.py: {error}")
+    run(main)

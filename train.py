@@ -7,8 +7,6 @@ All arguments of the Hugging Face Trainer are understood. Started again with the
 goes on from the newest checkpoint in `output_dir`.
 """
 
-import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +14,9 @@ import torch
 import transformers
 from transformers import set_seed
 from transformers.hf_argparser import HfArg, HfArgumentParser
-from transformers.trainer_utils import get_last_checkpoint
 
 from data import Collator, read_manifest
-from model import InputError, load
+from model import InputError, load, run
 
 
 @dataclass
@@ -63,6 +60,15 @@ class ProjectorTrainer(transformers.Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         self.model.load_projector(Path(resume_from_checkpoint) / "model.safetensors")
 
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def newest_checkpoint(output_dir: str) -> str | None:
+    """The last checkpoint that was written whole: its trainer_state.json comes last."""
+    whole = [path.parent for path in Path(output_dir).glob("checkpoint-*/trainer_state.json")]
+    return max(map(str, whole), key=lambda path: int(path.rsplit("-", 1)[1]), default=None)
+
 
 def main(argv: list[str] | None = None) -> None:
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
@@ -74,12 +80,12 @@ def main(argv: list[str] | None = None) -> None:
 
     set_seed(args.seed)  # for the projector's first weights
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    model, tokenizer = load(dtype=dtype, **vars(model_args))
-    n_mels = model.encoder.conv1.in_channels
-    collator = Collator(tokenizer, model.settings, n_mels, args.model_max_length)
+    with args.main_process_first():  # one process downloads
+        model, tokenizer = load(dtype=dtype, **vars(model_args))
+    collator = Collator(tokenizer, model.settings, model.n_mels, args.model_max_length)
     trainer = ProjectorTrainer(model, args, collator, train_rows, eval_rows)
-    newest = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
-    trainer.train(resume_from_checkpoint=newest)
+    checkpoint = args.resume_from_checkpoint or newest_checkpoint(args.output_dir)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     if eval_rows:
         trainer.evaluate()
@@ -87,7 +93,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"train.py: {error}")
+    run(main)

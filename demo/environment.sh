@@ -15,14 +15,16 @@ installed=.venv/installed-$(cat "$@" | cksum | cut -d ' ' -f 1)
 if [ -e "$installed" ]; then
     echo "== .venv: there already"
 else
-    free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1048576) }')
-    [ "$free" -ge 8 ] || fail "$free GiB of disk are free, but PyTorch and its libraries want 8"
-    echo "== .venv: installing $* (about 6 GB with PyTorch's GPU libraries; a few minutes)"
-    [ -x .venv/bin/python ] || "$python" -m venv .venv \
+    if ! .venv/bin/python -c "import torch" 2> /dev/null; then
+        free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1048576) }')
+        [ "$free" -ge 8 ] || fail "$free GiB of disk are free, but PyTorch and its libraries want 8"
+    fi
+    echo "== .venv: installing $* (a few minutes; most of it is PyTorch's GPU libraries)"
+    .venv/bin/python -m pip --version > /dev/null 2>&1 || "$python" -m venv --clear .venv \
         || fail "$python cannot make a virtual environment: on Debian, install python3-venv"
     requirements=()
     for file in "$@"; do requirements+=(--requirement "$file"); done
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check "${requirements[@]}" \
+    .venv/bin/python -m pip install --disable-pip-version-check "${requirements[@]}" \
         || fail "pip could not install $*: see its lines above"
     touch "$installed"
 fi

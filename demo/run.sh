@@ -3,7 +3,8 @@
 #
 #     bash demo/run.sh
 #
-# Makes .venv, the models, some synthetic speech and demo/exp; a second run reuses what is there.
+# Makes .venv, and in demo/ the models, some synthetic speech and exp/, the results. A second run
+# reuses what is there: remove demo/exp to train again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source demo/environment.sh requirements.txt demo/requirements.txt
@@ -13,40 +14,48 @@ echo "== demo/models: SmolLM2-135M-Instruct and Whisper tiny.en, pinned, from th
 echo "== demo/speech: spoken commands by an offline voice"
 .venv/bin/python demo/speech.py demo/speech
 
+untrained=demo/exp/untrained
+trained=demo/exp/trained
+
 train() {
     .venv/bin/python train.py --data_path demo/speech/train.jsonl \
         --llm_model_name_or_path demo/models/SmolLM2-135M-Instruct \
         --whisper_model_name_or_path demo/models/tiny.en.pt \
-        --bf16 True --per_device_train_batch_size 8 --dataloader_num_workers 1 \
-        --lr_scheduler_type cosine --warmup_ratio 0.05 --logging_steps 10 --report_to none "$@"
+        --bf16 True --per_device_train_batch_size 4 --dataloader_num_workers 1 \
+        --lr_scheduler_type cosine --warmup_ratio 0.05 --logging_steps 25 --report_to none "$@"
 }
 
 recognize() {
-    .venv/bin/python recognize.py --data_path demo/speech/test.jsonl --max_new_tokens 40 "$@"
+    if [ ! -e "$1/score.txt" ]; then
+        echo "== $1: recognising the test sentences, none of which is in the training set"
+        .venv/bin/python recognize.py --projector_model_path "$1/model.safetensors" \
+            --data_path demo/speech/test.jsonl --result_path "$1/test.jsonl" --max_new_tokens 40 \
+            | tee "$1/score.part"
+        mv "$1/score.part" "$1/score.txt"
+    fi
 }
 
-if [ ! -e demo/exp/untrained/model.safetensors ]; then
-    echo "== demo/exp/untrained: a projector as it starts, for comparison"
-    train --output_dir demo/exp/untrained --max_steps 1 --learning_rate 0 --save_strategy no
+if [ ! -e $untrained/model.safetensors ]; then
+    echo "== $untrained: a projector as it starts, for comparison"
+    train --output_dir $untrained --max_steps 1 --learning_rate 0 --save_strategy no
 fi
-echo "== demo/exp/trained: training; stop it when you like, the same command goes on"
-SECONDS=0
-[ -e demo/exp/trained/model.safetensors ] \
-    || train --output_dir demo/exp/trained --max_steps 220 --learning_rate 2e-3 --save_steps 20 \
+recognize $untrained
+
+if [ ! -e $trained/model.safetensors ]; then
+    echo "== $trained: training; when it is stopped, the same command goes on"
+    SECONDS=0
+    train --output_dir $trained --max_steps 450 --learning_rate 1e-3 --save_steps 50 \
         --save_total_limit 2
-training_time=$SECONDS
-for name in untrained trained; do
-    echo "== demo/exp/$name: recognising the test sentences, none of which was in training"
-    recognize --projector_model_path demo/exp/$name/model.safetensors \
-        --result_path demo/exp/$name/test.jsonl | tee demo/exp/$name/score.txt
-done
+    echo $SECONDS > $trained/seconds.txt
+fi
+recognize $trained
 
 echo "== reference | hypothesis"
-.venv/bin/python - << 'END'
+.venv/bin/python - << END
 import json
-for line in open("demo/exp/trained/test.jsonl").readlines()[:8]:
+for line in open("$trained/test.jsonl").readlines()[:8]:
     result = json.loads(line)
     print(f"{result['txt']:45} | {result['hyp']}")
 END
-echo "== before training: $(cat demo/exp/untrained/score.txt)"
-echo "== after training ($training_time s now): $(cat demo/exp/trained/score.txt)"
+echo "== before training: $(cat $untrained/score.txt)"
+echo "== after $(cat $trained/seconds.txt 2> /dev/null || echo '?') s of training: $(cat $trained/score.txt)"

@@ -6,6 +6,7 @@ import soundfile
 import tiny
 import torch
 import whisper
+from tokenizers.processors import TemplateProcessing
 
 from data import Collator, build_prompt, load_audio, log_mel, read_manifest
 from model import DEFAULTS, IGNORE, InputError
@@ -24,6 +25,12 @@ THINKING = """\
 
 {% endif %}{% endif %}"""
 
+GEMMA = """\
+<|begin_of_text|>{% for m in messages %}\
+{% set role = 'model' if m.role == 'assistant' else m.role %}\
+{{ '<|im_start|>' + role + '\\n' + m.content | trim + '<|im_end|>\\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>model\\n' }}{% endif %}"""
+
 
 def write_manifest(folder, *lines):
     tiny.make_sound(folder / "a.wav", 0.1, 300)
@@ -37,7 +44,7 @@ def test_manifests_are_read_in_order_and_one_named_twice_counts_twice(paths, tmp
     rows = read_manifest([other, paths.manifest, other])
     assert len(rows) == 1 + len(tiny.TEXTS) + 1
     assert rows[0] == rows[-1]
-    assert rows[0] == {"wav": "a.wav", "txt": "one", "spk": 7, "path": str(tmp_path / "a.wav")}
+    assert rows[0] == {"wav": "a.wav", "txt": "one", "spk": 7, "_path": str(tmp_path / "a.wav")}
 
 
 def test_a_manifest_may_have_a_byte_order_mark_and_line_separators_in_its_text(tmp_path):
@@ -93,9 +100,10 @@ def test_what_is_no_audio_is_refused_by_name(tmp_path):
     (tmp_path / "text.wav").write_text("not audio")
     with pytest.raises(InputError, match=r"text.wav: cannot be decoded as audio"):
         load_audio(str(tmp_path / "text.wav"))
-    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16_000)
-    with pytest.raises(InputError, match=r"empty.wav: holds no audio samples"):
-        load_audio(str(tmp_path / "empty.wav"))
+    for samples in (0, 1):
+        soundfile.write(tmp_path / "short.wav", np.zeros(samples), 96_000)
+        with pytest.raises(InputError, match=r"short.wav: holds no audio"):
+            load_audio(str(tmp_path / "short.wav"))
 
 
 @pytest.mark.parametrize("n_mels", [80, 128])
@@ -142,6 +150,20 @@ def test_prompt_of_a_thinking_model_does_not_think():
 def test_prompt_without_a_chat_template_is_plain():
     tokenizer = tiny.make_tokenizer(None, "<|endoftext|>")
     assert decode_prompt(tokenizer) == ("", "\nSay it.\n", "<|endoftext|>")
+    bos = "<|begin_of_text|>"
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.convert_tokens_to_ids(bos))]
+    )
+    assert decode_prompt(tokenizer) == (bos, "\nSay it.\n", "<|endoftext|>")
+
+
+def test_prompt_of_gemma_has_the_roles_and_the_end_of_its_template():
+    tokenizer = tiny.make_tokenizer(GEMMA, "<|endoftext|>")
+    assert decode_prompt(tokenizer) == (
+        "<|begin_of_text|><|im_start|>user\n",
+        "\nSay it.<|im_end|>\n<|im_start|>model\n",
+        "<|im_end|>",
+    )
 
 
 HAND_WRITTEN = {
@@ -178,8 +200,8 @@ def test_ids_masks_and_labels_of_two_examples_written_by_hand(template, tmp_path
 
     end_id = ids(end)[0]
     rows = [
-        {"path": tiny.make_sound(tmp_path / "a.wav", 0.3, 300), "txt": "hi"},  # 15 positions
-        {"path": tiny.make_sound(tmp_path / "b.wav", 0.22, 300), "txt": "a"},  # 11 positions
+        {"_path": tiny.make_sound(tmp_path / "a.wav", 0.3, 300), "txt": "hi"},  # 15 positions
+        {"_path": tiny.make_sound(tmp_path / "b.wav", 0.22, 300), "txt": "a"},  # 11 positions
     ]
     batch = Collator(tokenizer, DEFAULTS, n_mels=80)(rows)
     n_before, n_after = len(ids(before)), len(ids(after))

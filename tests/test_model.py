@@ -19,7 +19,7 @@ def load_tiny(paths, llm="qwen", whisper="whisper", **options):
 
 
 def make_batch(model, tokenizer, rows, **options):
-    return Collator(tokenizer, model.settings, model.encoder.conv1.in_channels, **options)(rows)
+    return Collator(tokenizer, model.settings, model.n_mels, **options)(rows)
 
 
 def gradients(model, loss):
@@ -77,7 +77,7 @@ def test_audio_of_any_length_takes_its_true_number_of_positions(
 ):
     model, tokenizer = load_tiny(paths)
     path = tiny.make_sound(tmp_path / "a.wav", samples / 16_000, 300)
-    batch = make_batch(model, tokenizer, [{"path": path, "txt": "go"}])
+    batch = make_batch(model, tokenizer, [{"_path": path, "txt": "go"}])
     assert batch["encoder_lengths"].tolist() == [positions]
     assert batch["audio_mask"].sum() == audio
     assert model.encode(batch["mel"], batch["encoder_lengths"]).shape[:2] == (1, positions)
@@ -161,7 +161,8 @@ def test_only_the_projector_has_gradients(paths):
     model, tokenizer = load_tiny(paths)
     model(**make_batch(model, tokenizer, read_manifest([paths.manifest])[:2])).loss.backward()
     for name, parameter in model.named_parameters():
-        assert (parameter.grad is not None) == name.startswith("projector."), name
+        trained = name.startswith("projector.")
+        assert (parameter.grad is not None) == parameter.requires_grad == trained, name
 
 
 def test_under_bfloat16_the_projector_stays_float32(paths):
@@ -218,6 +219,7 @@ def test_a_projector_file_holds_the_projector_and_brings_all_settings_back(paths
         assert file.keys() and all(name.startswith("projector.") for name in file.keys())  # noqa: SIM118
     again, _ = load(path)
     assert again.settings == model.settings
+    assert again.projector.hidden.out_features == 2048  # that of the published tables
     assert again.settings["stride"] == "4" and again.settings["prompt"] == "Repeat it."
     for name, tensor in model.projector.state_dict().items():
         assert torch.equal(tensor, again.projector.state_dict()[name])
@@ -227,8 +229,12 @@ def test_a_model_that_moved_is_taken_from_its_new_place(paths, tmp_path):
     load_tiny(paths)[0].save_projector(tmp_path / "model.safetensors")
     (tmp_path / "elsewhere").mkdir()
     moved = tiny.make_llm(tmp_path / "elsewhere" / "qwen", "qwen")
-    model, _ = load(str(tmp_path / "model.safetensors"), llm_model_name_or_path=str(moved))
-    assert model.settings["llm_model_name_or_path"] == str(moved)
+    path = str(tmp_path / "model.safetensors")
+    for place in (str(moved), f"{moved}/"):
+        model, _ = load(path, llm_model_name_or_path=place)
+        assert model.settings["llm_model_name_or_path"] == place
+    with pytest.raises(InputError, match="cannot be loaded"):  # agreed to, though it is not there
+        load(path, whisper_model_name_or_path=str(tmp_path / "tiny"))
 
 
 @pytest.mark.parametrize(
@@ -245,13 +251,18 @@ def test_a_projector_of_other_settings_is_refused(paths, tmp_path, setting, valu
     load_tiny(paths)[0].save_projector(path)
     with pytest.raises(InputError, match=message):
         load(path, **{setting: value})
+    model = load_tiny(paths)[0]
+    model.settings[setting] = str(value)  # as where a run with other flags would be resumed
+    with pytest.raises(InputError, match=message):
+        model.load_projector(path)
 
 
 def test_a_projector_of_other_sizes_is_refused(paths, tmp_path):
     path = str(tmp_path / "model.safetensors")
     load_tiny(paths)[0].save_projector(path)
+    wide = str(tiny.make_whisper(tmp_path / "tiny.pt", width=48))
     with pytest.raises(InputError, match=r"(?s)does not fit.*mismatch for projector.conv"):
-        load_tiny(paths, whisper="whisper128")[0].load_projector(path)
+        load(path, whisper_model_name_or_path=wide)
 
 
 def test_files_that_are_no_projector_are_refused(paths, tmp_path):
@@ -260,7 +271,7 @@ def test_files_that_are_no_projector_are_refused(paths, tmp_path):
         load(path)
     load_tiny(paths)[0].save_projector(path)
     save_file(load_file(path), path)  # without metadata
-    with pytest.raises(InputError, match="format None, not 1"):
+    with pytest.raises(InputError, match="no projector file of this version"):
         load(path)
 
 

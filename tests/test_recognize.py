@@ -16,17 +16,17 @@ def run(projector, data_path, result_path, *options):
 def test_wer_worked_out_by_hand():
     references = ["THE CAT SAT", "It's two o'clock!"]
     hypotheses = ["the cat sad down", "it is 2 o'clock"]
-    line = "WER 28.57 % of 7 words: 1 substituted, 0 deleted, 1 inserted"
+    line = "WER 28.57 % of 7 words in 2 utterances: 1 substituted, 0 deleted, 1 inserted"
     assert recognize.score(references, hypotheses) == line
 
 
 def test_cer_worked_out_by_hand_for_text_without_word_boundaries():
-    line = "CER 50.00 % of 4 characters: 1 substituted, 0 deleted, 1 inserted"
+    line = "CER 50.00 % of 4 characters in 1 utterances: 1 substituted, 0 deleted, 1 inserted"
     assert recognize.score(["今天天气。"], ["今天 天汽好"]) == line
 
 
 def test_empty_hypotheses_and_references_count():
-    line = "WER 100.00 % of 2 words: 0 substituted, 2 deleted, 0 inserted"
+    line = "WER 100.00 % of 2 words in 2 utterances: 0 substituted, 2 deleted, 0 inserted"
     assert recognize.score(["go on", ""], ["", ""]) == line
     assert recognize.score(["go", ""], ["go", "now"]).startswith("WER 100.00 % of 1 words")
 
@@ -55,9 +55,13 @@ def test_batch_size_changes_no_hypothesis(paths, projector, tmp_path):
 def test_without_transcripts_there_is_no_score(projector, tmp_path, capsys):
     tiny.make_sound(tmp_path / "a.wav", 0.4, 300)
     manifest = tmp_path / "m.jsonl"
-    manifest.write_text('{"wav": "a.wav"}')
-    assert len(run(projector, manifest, tmp_path / "out.txt", "--max_new_tokens", "2")) == 1
+    manifest.write_text('{"wav": "a.wav"}\n' * 2)
+    assert len(run(projector, manifest, tmp_path / "new/out.txt", "--max_new_tokens", "2")) == 2
     assert capsys.readouterr().out == ""
+    manifest.write_text('{"wav": "a.wav"}\n{"wav": "a.wav", "txt": "go on", "path": 1}')
+    results = run(projector, manifest, tmp_path / "out.jsonl", "--max_new_tokens", "2")
+    assert json.loads(results[1])["path"] == 1
+    assert "of 2 words in 1 utterances" in capsys.readouterr().out
 
 
 def test_audio_that_cannot_be_read_is_named_and_finished_hypotheses_are_kept(projector, tmp_path):

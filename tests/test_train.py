@@ -70,6 +70,20 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def keep_models(monkeypatch):
+    """The list to which train.main will add its model and that model's first weights."""
+    models = []
+
+    def load(**options):
+        model, tokenizer = train_load(**options)
+        models.append((model, {k: v.clone() for k, v in model.state_dict().items()}))
+        return model, tokenizer
+
+    train_load = train.load
+    monkeypatch.setattr(train, "load", load)
+    return models
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_published_recipe_runs_flag_for_flag(tmp_path, processes):
     tiny.make_llm(tmp_path / "Qwen2-1.5B-Instruct", "qwen")
@@ -100,15 +114,7 @@ def test_the_published_recipe_runs_flag_for_flag(tmp_path, processes):
 def test_eight_utterances_are_learnt_word_for_word_and_the_rest_stays_frozen(
     paths, tmp_path, monkeypatch, capsys
 ):
-    models = []
-
-    def load(**options):
-        model, tokenizer = train_load(**options)
-        models.append((model, {k: v.clone() for k, v in model.state_dict().items()}))
-        return model, tokenizer
-
-    train_load = train.load
-    monkeypatch.setattr(train, "load", load)
+    models = keep_models(monkeypatch)
     steps = ["--max_steps", "300", "--per_device_train_batch_size", "8", "--save_strategy", "no"]
     run(paths, tmp_path, *steps, "--learning_rate", "5e-3", "--lr_scheduler_type", "cosine")
     capsys.readouterr()
@@ -128,10 +134,44 @@ def test_the_same_command_resumes_exactly_from_the_newest_checkpoint(paths, tmp_
     options = ["--max_steps", "6", "--save_steps", "2", "--learning_rate", "1e-2"]
     whole = run(paths, tmp_path, *options)
     losses = log(tmp_path, "loss")
-    shutil.rmtree(tmp_path / "checkpoint-6")
+    (tmp_path / "checkpoint-6" / "trainer_state.json").unlink()  # as if killed while saving it
     (tmp_path / "model.safetensors").unlink()
     assert equal(run(paths, tmp_path, *options), whole)
     assert log(tmp_path, "loss") == losses and len(losses) == 6
+
+
+def test_a_checkpoint_of_other_settings_is_not_resumed(paths, tmp_path):
+    run(paths, tmp_path, "--max_steps", "1")
+    with pytest.raises(InputError, match="--prompt is 'Sing.', but .*checkpoint-1.* trained with"):
+        run(paths, tmp_path, "--max_steps", "2", "--prompt", "Sing.")
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end_where_asked_for(paths, tmp_path):
+    options = ["--max_steps", "2", "--save_steps", "1", "--eval_data_path", paths.manifest]
+    options += ["--eval_strategy", "steps", "--eval_steps", "1", "--learning_rate", "1e-3"]
+    options += [
+        "--load_best_model_at_end",
+        "--greater_is_better",
+        "True",
+    ]  # so that it is the first
+    last = run(paths, tmp_path, *options, "--metric_for_best_model", "loss")
+    assert equal(last, load_file(tmp_path / "checkpoint-1" / "model.safetensors"))
+    assert not equal(last, load_file(tmp_path / "checkpoint-2" / "model.safetensors"))
+
+
+def test_two_processes_learn_what_one_learns_with_accumulation(paths, tmp_path):
+    steps = "--max_steps 2 --learning_rate 1e-2 --save_strategy no --per_device_train_batch_size 2"
+    one = run(paths, tmp_path / "one", *steps.split(), "--gradient_accumulation_steps", "2")
+    shell(
+        f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2 {ROOT}/train.py"
+        f" {steps} --llm_model_name_or_path {paths.qwen} --data_path {paths.manifest}"
+        f" --whisper_model_name_or_path {paths.whisper} --output_dir two --logging_steps 1",
+        tmp_path,
+    )
+    two = load_file(tmp_path / "two" / "model.safetensors")
+    for key in ("loss", "grad_norm"):
+        assert log(tmp_path / "two", key) == pytest.approx(log(tmp_path / "one", key), rel=1e-4)
+    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
 
 
 def test_the_last_weights_are_saved_between_two_save_steps(paths, tmp_path):
@@ -172,16 +212,41 @@ def test_the_older_flags_mean_what_they_meant(paths, tmp_path):
     assert log(tmp_path, "learning_rate") == [0, 5e-4, 1e-3, 1e-3]
 
 
+def test_gradient_checkpointing_recomputes_and_changes_no_weight(paths, tmp_path, monkeypatch):
+    options = ["--max_steps", "2", "--learning_rate", "1e-2", "--save_strategy", "no"]
+    plain = run(paths, tmp_path / "plain", *options)
+    counts, load = [], train.load
+
+    def counting_load(**options):
+        model, tokenizer = load(**options)
+        model.llm.model.layers[0].mlp.register_forward_pre_hook(lambda *_: counts.append(1))
+        return model, tokenizer
+
+    monkeypatch.setattr(train, "load", counting_load)
+    again = run(paths, tmp_path / "again", *options, "--gradient_checkpointing")
+    assert len(counts) == 2 * 2  # forward and recomputation in each of two steps
+    assert all(torch.allclose(plain[name], again[name], atol=1e-6) for name in plain)
+
+
 def test_several_gpus_in_one_process_are_refused(paths, tmp_path, monkeypatch):
     monkeypatch.setattr(train.TrainingArguments, "n_gpu", 4)
     with pytest.raises(InputError, match="torchrun --nproc_per_node=4"):
         run(paths, tmp_path)
 
 
-def test_bad_input_ends_in_one_line_before_any_model_loads(tmp_path):
-    (tmp_path / "m.jsonl").write_text("hello")
+@pytest.mark.parametrize(
+    "manifest, message",
+    [
+        ("hello", "m.jsonl:1: not a JSON object: hello"),  # before any model loads
+        ('{"wav": "m.jsonl", "txt": "x"}', "m.jsonl: cannot be decoded as audio: Error opening"),
+    ],
+)
+def test_bad_input_ends_in_one_line(paths, tmp_path, manifest, message):
+    (tmp_path / "m.jsonl").write_text(manifest)
     command = [sys.executable, ROOT / "train.py", "--data_path", "m.jsonl", "--output_dir", "out"]
+    command += ["--llm_model_name_or_path", paths.qwen, "--dataloader_num_workers", "1"]
+    command += ["--whisper_model_name_or_path", paths.whisper, "--disable_tqdm", "True"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == "train.py: m.jsonl:1: not a JSON object: hello"
+    assert done.stderr.splitlines()[-1].startswith(f"{ROOT}/train.py: {message}")
     assert "Traceback" not in done.stderr
