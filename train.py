@@ -38,7 +38,7 @@ class DataArguments:
 class TrainingArguments(transformers.TrainingArguments):
     model_max_length: int = HfArg(default=512, help="Most positions of prompt, audio and text.")
     # flags of the published recipe that transformers 5 renamed
-    eval_strategy: str = HfArg(default="no", aliases=["--evaluation_strategy"])
+    eval_strategy: str = HfArg(default="no", aliases=["--evaluation_strategy"], help="When.")
     warmup_steps: float = HfArg(default=0, aliases=["--warmup_ratio"], help="Below 1: a ratio.")
 
     def __post_init__(self):
