@@ -4,7 +4,6 @@ Shapes: B utterances, W windows of 30 s, M mel bins, F = 3000 mel frames a windo
 positions (50 a second), C encoder width, A audio positions (E / stride), D LLM width, T tokens.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import whisper
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -110,9 +109,9 @@ class SpeechLLM(nn.Module):
 
     def save_projector(self, path: Path) -> None:
         """Write the projector's weights, with the settings as metadata, as safetensors."""
-        part = f"{path}.part"
-        save_file(self.projector.state_dict(prefix="projector."), part, self.settings)
-        os.replace(part, path)
+        part = Path(f"{path}.part")  # written by Python, and so with the user's umask
+        part.write_bytes(save(self.projector.state_dict(prefix="projector."), self.settings))
+        part.replace(path)
 
     def load_projector(self, path: Path) -> None:
         """Read the projector's weights; InputError where they are not for these models."""
@@ -164,7 +163,8 @@ def load(projector_model_path=None, dtype=torch.float32, **given):
         tokenizer = AutoTokenizer.from_pretrained(settings["llm_model_name_or_path"])
         llm = AutoModelForCausalLM.from_pretrained(settings["llm_model_name_or_path"], **options)
     except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"a model cannot be loaded: {error}") from error
+        got = "what --llm_model_name_or_path or --whisper_model_name_or_path names cannot be loaded"
+        raise InputError(f"{got}: {error}") from error
     model = SpeechLLM(encoder, llm, settings)
     if projector_model_path:
         model.load_projector(projector_model_path)

@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     decoded = recognize(model.to(device).eval(), tokenizer, rows, args.batch_size, beam)
     hypotheses, part = [], f"{args.result_path}.part"
     with open(part, "w", encoding="utf-8") as file:
-        for row, text in zip(rows, tqdm(decoded, "recognize", len(rows), unit="utt")):
+        for text, row in zip(tqdm(decoded, "recognize", len(rows), unit="utt"), rows):
             hypotheses.append(text)
             result = {key: row[key] for key in row if key != "_path"} | {"hyp": text}
             plain = args.result_path.endswith(".txt")

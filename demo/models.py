@@ -153,7 +153,7 @@ def convert_whisper(source: Path, target: Path) -> None:
 def convert_gguf(source: Path, target: Path) -> None:
     """GGUF -> a transformers folder in bfloat16, tokenizer and chat template included."""
     loaded = AutoModelForCausalLM.from_pretrained(
-        source.parent, gguf_file=source.name, dtype=torch.bfloat16
+        source.parent, gguf_file=source.name, dtype=torch.float32
     )
     config = loaded.config
     del config.quantization_config  # the weights are dequantised; with it, saving is refused

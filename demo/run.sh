@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train a projector and recognise with it, offline and without a GPU:
+# Train a projector and recognise with it, without a GPU or a model hub:
 #
 #     bash demo/run.sh
 #

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
@@ -219,6 +221,8 @@ def test_a_projector_file_holds_the_projector_and_brings_all_settings_back(paths
         assert file.keys() and all(name.startswith("projector.") for name in file.keys())  # noqa: SIM118
     again, _ = load(path)
     assert again.settings == model.settings
+    (tmp_path / "plain").write_text("")  # has the mode that the user's umask asks for
+    assert Path(path).stat().st_mode == (tmp_path / "plain").stat().st_mode
     assert again.projector.hidden.out_features == 2048  # that of the published tables
     assert again.settings["stride"] == "4" and again.settings["prompt"] == "Repeat it."
     for name, tensor in model.projector.state_dict().items():

@@ -41,7 +41,8 @@ def test_jsonl_keeps_every_key_in_the_order_of_the_manifest(paths, projector, tm
     assert [result["wav"] for result in results] == [f"{i}.wav" for i in range(8)]
     assert [result["txt"] for result in results] == tiny.TEXTS
     assert all(set(result) == {"wav", "txt", "hyp"} for result in results)
-    assert "WER" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "WER" in printed.out and "8/8" in printed.err
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
 
 
