@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import whisper
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -115,22 +115,21 @@ class SpeechLLM(nn.Module):
 
     def load_projector(self, path: Path) -> None:
         """Read the projector's weights; InputError where they are not for these models."""
-        _, weights = read_projector(path, self.settings)
+        read_settings(path, self.settings)
         try:
-            nn.ModuleDict({"projector": self.projector}).load_state_dict(weights)
+            nn.ModuleDict({"projector": self.projector}).load_state_dict(load_file(path))
         except RuntimeError as error:
             raise InputError(f"{path} does not fit these models: {error}") from error
 
 
-def read_projector(path: Path, wanted: dict[str, str]) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The settings and the weights in a projector file; InputError where `wanted` differs.
+def read_settings(path: Path, wanted: dict[str, str]) -> dict[str, str]:
+    """The settings in a projector file; InputError where it is none, or `wanted` differs.
 
     A model may have moved: only the last part of its path, without ".pt", must be the same.
     """
     try:
         with safe_open(path, "pt") as file:
             settings = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be read as a projector file: {error}") from error
     if settings.get("format") != DEFAULTS["format"]:
@@ -140,7 +139,7 @@ def read_projector(path: Path, wanted: dict[str, str]) -> tuple[dict[str, str], 
         if part(wanted[key]) != part(settings[key]):
             got = f"--{key} is {wanted[key]!r}, but {path} was trained with"
             raise InputError(f"{got} {settings[key]!r}; leave that option out, or train for it")
-    return settings, weights
+    return settings
 
 
 def load(projector_model_path=None, dtype=torch.float32, **given):
@@ -151,7 +150,7 @@ def load(projector_model_path=None, dtype=torch.float32, **given):
     file's, or else the default.
     """
     given = {key: str(value) for key, value in given.items() if value is not None}
-    saved = read_projector(projector_model_path, given)[0] if projector_model_path else {}
+    saved = read_settings(projector_model_path, given) if projector_model_path else {}
     settings = {**DEFAULTS, **saved, **given}
     for key in {"llm_model_name_or_path", "whisper_model_name_or_path"} - settings.keys():
         raise InputError(f"--{key} is needed where there is no projector file that names it")

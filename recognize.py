@@ -83,12 +83,11 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = load(dtype=dtype, **vars(model_args))
     beam = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
     decoded = recognize(model.to(device).eval(), tokenizer, rows, args.batch_size, beam)
-    hypotheses, part = [], f"{args.result_path}.part"
+    hypotheses, part, plain = [], f"{args.result_path}.part", args.result_path.endswith(".txt")
     with open(part, "w", encoding="utf-8") as file:
         for text, row in zip(tqdm(decoded, "recognize", len(rows), unit="utt"), rows):
             hypotheses.append(text)
             result = {key: row[key] for key in row if key != "_path"} | {"hyp": text}
-            plain = args.result_path.endswith(".txt")
             print(text if plain else json.dumps(result, ensure_ascii=False), file=file, flush=True)
     os.replace(part, args.result_path)
     scored = [(row["txt"], text) for row, text in zip(rows, hypotheses) if "txt" in row]

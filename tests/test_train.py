@@ -70,18 +70,16 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def keep_models(monkeypatch):
-    """The list to which train.main will add its model and that model's first weights."""
-    models = []
+def on_load(monkeypatch, look):
+    """Have `look` called with the model that train.main loads, before it trains."""
+    original = train.load
 
     def load(**options):
-        model, tokenizer = train_load(**options)
-        models.append((model, {k: v.clone() for k, v in model.state_dict().items()}))
+        model, tokenizer = original(**options)
+        look(model)
         return model, tokenizer
 
-    train_load = train.load
     monkeypatch.setattr(train, "load", load)
-    return models
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -111,7 +109,12 @@ def test_the_published_recipe_runs_flag_for_flag(tmp_path, processes):
 def test_eight_utterances_are_learnt_word_for_word_and_the_rest_stays_frozen(
     paths, tmp_path, monkeypatch, capsys
 ):
-    models = keep_models(monkeypatch)
+    models = []
+
+    def keep(model):
+        models.append((model, {k: v.clone() for k, v in model.state_dict().items()}))
+
+    on_load(monkeypatch, keep)
     steps = ["--max_steps", "300", "--per_device_train_batch_size", "8", "--save_strategy", "no"]
     run(paths, tmp_path, *steps, "--learning_rate", "5e-3", "--lr_scheduler_type", "cosine")
     capsys.readouterr()
@@ -146,11 +149,8 @@ def test_a_checkpoint_of_other_settings_is_not_resumed(paths, tmp_path):
 def test_the_best_checkpoint_is_loaded_at_the_end_where_asked_for(paths, tmp_path):
     options = ["--max_steps", "2", "--save_steps", "1", "--eval_data_path", paths.manifest]
     options += ["--eval_strategy", "steps", "--eval_steps", "1", "--learning_rate", "1e-3"]
-    options += [
-        "--load_best_model_at_end",
-        "--greater_is_better",
-        "True",
-    ]  # so that it is the first
+    # the greatest loss counts as the best, so that it is the first checkpoint's
+    options += ["--load_best_model_at_end", "--greater_is_better", "True"]
     last = run(paths, tmp_path, *options, "--metric_for_best_model", "loss")
     assert equal(last, load_file(tmp_path / "checkpoint-1" / "model.safetensors"))
     assert not equal(last, load_file(tmp_path / "checkpoint-2" / "model.safetensors"))
@@ -183,28 +183,16 @@ def test_training_goes_on_from_a_projector(paths, projector, tmp_path):
 
 
 def test_evaluation_loss_is_that_of_the_evaluation_manifest(paths, tmp_path):
-    options = [
-        "--num_train_epochs",
-        "2",
-        "--eval_data_path",
-        paths.manifest,
-        "--save_strategy",
-        "no",
-    ]
+    options = ["--num_train_epochs", "2", "--save_strategy", "no"]
+    options += ["--eval_data_path", paths.manifest]
     run(paths, tmp_path, *options, "--evaluation_strategy", "epoch", "--learning_rate", "1e-2")
     losses = log(tmp_path, "eval_loss")
     assert len(losses) == 3 and losses[2] == losses[1] < losses[0]
 
 
 def test_the_older_flags_mean_what_they_meant(paths, tmp_path):
-    options = [
-        "--max_steps",
-        "4",
-        "--warmup_ratio",
-        "0.5",
-        "--lr_scheduler_type",
-        "constant_with_warmup",
-    ]
+    options = ["--max_steps", "4", "--warmup_ratio", "0.5"]
+    options += ["--lr_scheduler_type", "constant_with_warmup"]
     run(paths, tmp_path, *options, "--learning_rate", "1e-3", "--save_strategy", "no")
     assert log(tmp_path, "learning_rate") == [0, 5e-4, 1e-3, 1e-3]
 
@@ -212,14 +200,12 @@ def test_the_older_flags_mean_what_they_meant(paths, tmp_path):
 def test_gradient_checkpointing_recomputes_and_changes_no_weight(paths, tmp_path, monkeypatch):
     options = ["--max_steps", "2", "--learning_rate", "1e-2", "--save_strategy", "no"]
     plain = run(paths, tmp_path / "plain", *options)
-    counts, load = [], train.load
+    counts = []
 
-    def counting_load(**options):
-        model, tokenizer = load(**options)
+    def count(model):
         model.llm.model.layers[0].mlp.register_forward_pre_hook(lambda *_: counts.append(1))
-        return model, tokenizer
 
-    monkeypatch.setattr(train, "load", counting_load)
+    on_load(monkeypatch, count)
     again = run(paths, tmp_path / "again", *options, "--gradient_checkpointing")
     assert len(counts) == 2 * 2  # forward and recomputation in each of two steps
     assert all(torch.allclose(plain[name], again[name], atol=1e-6) for name in plain)
