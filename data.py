@@ -1,12 +1,13 @@
 """From a manifest to padded batches: JSONL lines, audio, log-mel, prompt and labels.
 
 A manifest is JSONL, `{"wav": "a.flac", "txt": "what is said"}` a line; other keys are kept.
-Shapes: B utterances, S samples, W windows of 30 s, M mel bins, F = 3000 frames a window, E encoder
-positions (50 a second), A audio positions (E / stride), T tokens.
+Shapes: B utterances, S samples, W windows of an utterance, M mel bins, F mel frames of a window
+(100 a second), T tokens.
 """
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import soundfile
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from whisper import log_mel_spectrogram, pad_or_trim
-from whisper.audio import HOP_LENGTH, N_FRAMES, N_SAMPLES, SAMPLE_RATE
+from whisper.audio import HOP_LENGTH, N_SAMPLES, SAMPLE_RATE
 
 from model import IGNORE, InputError
 
+WINDOW_STEP = 2 * SAMPLE_RATE  # samples; windows of few sizes are encoded in few batches
+SILENCE = SAMPLE_RATE // 2  # samples, at least, behind speech of less than 30 s
 SAMPLES_PER_POSITION = 2 * HOP_LENGTH  # the second convolution of Whisper's encoder has stride 2
 PLACEHOLDER = "<|speech-goes-here|>"  # is rendered by the chat template, never tokenised
 
@@ -70,17 +73,21 @@ def load_audio(path: str):
 
 
 def log_mel(audio, n_mels: int) -> Tensor:
-    """Audio (S,) -> log-mel of as many 30 s windows as it fills, the last padded: (W, M, F)."""
-    windows = math.ceil(len(audio) / N_SAMPLES)
-    mel = log_mel_spectrogram(pad_or_trim(audio, windows * N_SAMPLES), n_mels)  # (M, W * F)
-    return mel.unflatten(1, (windows, N_FRAMES)).transpose(0, 1)  # (W, M, F)
+    """Audio (S,) -> log-mel of one window, or of as many of 30 s as it fills: (W, M, F).
+
+    The window is the speech and a little silence, not 30 s: its size follows from S alone.
+    """
+    size = min(N_SAMPLES, math.ceil((len(audio) + SILENCE) / WINDOW_STEP) * WINDOW_STEP)
+    windows = math.ceil(len(audio) / size)
+    mel = log_mel_spectrogram(pad_or_trim(audio, windows * size), n_mels)  # (M, W * F)
+    return mel.unflatten(1, (windows, size // HOP_LENGTH)).transpose(0, 1)  # (W, M, F)
 
 
 def build_prompt(tokenizer, prompt: str) -> tuple[list[int], list[int], int]:
     """Token ids before the audio and after it, and the token that ends the answer.
 
-    The audio, then `prompt`, are the user's turn in the tokenizer's chat template. A tokenizer
-    without one gets its own start of text, audio, newline, prompt, newline, and answers end in EOS.
+    `prompt`, then the audio, are the user's turn in the tokenizer's chat template. A tokenizer
+    without one gets its own start of text, prompt, newline, audio, newline, and answers end in EOS.
     """
 
     def encode(text: str) -> list[int]:
@@ -92,8 +99,8 @@ def build_prompt(tokenizer, prompt: str) -> tuple[list[int], list[int], int]:
         return tokenizer.apply_chat_template(list(messages), **fixed, **options)
 
     if not tokenizer.chat_template:
-        return tokenizer.encode(""), encode(f"\n{prompt}\n"), tokenizer.eos_token_id
-    user = {"role": "user", "content": f"{PLACEHOLDER}\n{prompt}"}
+        return tokenizer.encode(f"{prompt}\n"), encode("\n"), tokenizer.eos_token_id
+    user = {"role": "user", "content": f"{prompt}\n{PLACEHOLDER}"}
     before, after = render(user, add_generation_prompt=True).split(PLACEHOLDER)
     dialogue = render(user, {"role": "assistant", "content": PLACEHOLDER})
     tail = dialogue.rsplit(PLACEHOLDER, 1)[1].strip()
@@ -102,47 +109,38 @@ def build_prompt(tokenizer, prompt: str) -> tuple[list[int], list[int], int]:
 
 
 class Collator:
-    """Rows of `read_manifest` -> a batch for SpeechLLM, padded on the left.
+    """Rows of `read_manifest` -> a batch for SpeechLLM.
 
-    With `answers` off, for decoding, a sequence ends with the prompt and there are no labels.
+    With `answers` off, for decoding, it ends with the prompt; there is nothing to be learnt.
     """
 
     def __init__(self, tokenizer, settings, n_mels: int, max_length=math.inf, answers=True):
-        self.tokenizer = tokenizer
+        self.encode = partial(tokenizer.encode, add_special_tokens=False)
         self.before, self.after, self.end_id = build_prompt(tokenizer, settings["prompt"])
         self.stride = int(settings["stride"])
         self.n_mels = n_mels
         self.max_length = max_length
         self.answers = answers
 
-    def sequence(self, row: dict, encoder_length: int) -> dict[str, Tensor]:
-        """Ids, masks and labels (T,) of one utterance; all but the ids follow from lengths."""
-        n_audio = math.ceil(encoder_length / self.stride)
-        answer = []
-        if self.answers:  # the transcript and the end of its turn: all that has a loss
-            answer = [*self.tokenizer.encode(row["txt"], add_special_tokens=False), self.end_id]
-        ids = [*self.before, *[self.end_id] * n_audio, *self.after, *answer]  # audio has any id
-        if len(ids) > self.max_length:
-            got = f"{row['_path']} needs {len(ids)} positions with its prompt and transcript, but"
-            raise InputError(f"{got} --model_max_length is {self.max_length}: raise it")
-        places = torch.arange(len(ids))
-        return {
-            "input_ids": torch.tensor(ids),
-            "attention_mask": torch.ones(len(ids), dtype=torch.long),
-            "audio_mask": (places >= len(self.before)) & (places < len(self.before) + n_audio),
-            "labels": torch.tensor([IGNORE] * (len(ids) - len(answer)) + answer),
-        }
-
-    def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
+    def __call__(self, rows: list[dict]) -> dict[str, Tensor | list[Tensor]]:
         audios = [load_audio(row["_path"]) for row in rows]
         lengths = [math.ceil(len(audio) / SAMPLES_PER_POSITION) for audio in audios]
-        sequences = [self.sequence(row, length) for row, length in zip(rows, lengths)]
-        padding = {"input_ids": self.end_id, "attention_mask": 0, "audio_mask": False}
-        if self.answers:
-            padding["labels"] = IGNORE
-        batch = {}
-        for key, value in padding.items():  # each (B, T)
-            batch[key] = pad_sequence([x[key] for x in sequences], True, value, "left")
-        batch["mel"] = torch.cat([log_mel(audio, self.n_mels) for audio in audios])  # (W, M, F)
-        batch["encoder_lengths"] = torch.tensor(lengths)  # (B,)
+        # the transcript and the end of its turn: all that has a loss
+        answers = [[*self.encode(row["txt"]), self.end_id] if self.answers else [] for row in rows]
+        for row, length, answer in zip(rows, lengths, answers):
+            size = len(self.before + self.after + answer) + math.ceil(length / self.stride)
+            if size > self.max_length:
+                got = f"{row['_path']} needs {size} positions with its prompt and transcript, but"
+                raise InputError(f"{got} --model_max_length is {self.max_length}: raise it")
+        batch = {
+            "encoder_lengths": torch.tensor(lengths),  # first, as the Trainer takes B from it
+            "mel": [log_mel(audio, self.n_mels) for audio in audios],
+            "before": torch.tensor(self.before),
+            "after": [torch.tensor(self.after + answer) for answer in answers],
+        }
+        if self.answers:  # the position before an answer predicts its first token
+            labels = [torch.tensor([IGNORE, *answer]) for answer in answers]
+            batch["labels"] = pad_sequence(labels, True, IGNORE, "left")
+            # a word piece has its space in front, as within a sentence
+            batch["transcripts"] = [torch.tensor(self.encode(f" {row['txt']}")) for row in rows]
         return batch

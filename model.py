@@ -1,9 +1,11 @@
 """The architecture: a frozen Whisper encoder, a trainable Conv1d projector, a frozen LLM.
 
-Shapes: B utterances, W windows of 30 s, M mel bins, F = 3000 mel frames a window, E encoder
-positions (50 a second), C encoder width, A audio positions (E / stride), D LLM width, T tokens.
+Shapes: B utterances, W windows of an utterance, M mel bins, F mel frames of a window (100 a
+second), E encoder positions (50 a second), C encoder width, A audio positions (E / stride), D LLM
+width, T tokens.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -18,7 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 HIDDEN_DIM = 2048  # width of the projector's hidden layer
 STRIDE = 5  # encoder positions that the projector joins
-PROMPT = "Transcribe the speech."
+PROMPT = "Repeat the following text:"  # stands before the audio
+CTC_PIECES = 8192  # word pieces that the CTC loss always tells apart: the first are the most common
+CTC_SHARPNESS = 14.0  # logit of a position that equals a typical embedding; no certainty far off it
+BLANK_COSINE = 0.7  # audio nearer than this to the blank's embedding is not shown to the LLM
 # metadata of a projector file; the format is to be raised when older code must not read newer files
 DEFAULTS = {"format": "1", "stride": str(STRIDE), "hidden_dim": str(HIDDEN_DIM), "prompt": PROMPT}
 IGNORE = -100  # the label of a position without loss, as in transformers and torch
@@ -53,57 +58,105 @@ class Projector(nn.Module):
 
 
 class SpeechLLM(nn.Module):
-    """An LLM that reads speech at the True positions of `audio_mask`; only the projector learns.
+    """An LLM that reads speech between `before` and `after`; only the projector learns.
 
-    A batch is data.Collator's: input_ids, attention_mask, audio_mask, labels (B, T), padded on the
-    left; mel (W, M, F), the windows of all utterances in order; encoder_lengths (B,), their true
-    lengths in encoder positions.
+    A batch is data.Collator's: encoder_lengths (B,), the true lengths in encoder positions; mel, a
+    list of each utterance's windows (W, M, F); before (T,), and after, a list of each utterance's
+    (T,), token ids that stand before and after the audio; in training, labels (B, T), the answers
+    at the right edge, and transcripts, a list of each utterance's ids (T,) for the CTC loss.
     """
 
-    def __init__(self, encoder: nn.Module, llm: nn.Module, settings: dict[str, str]):
+    def __init__(self, encoder: nn.Module, llm: nn.Module, settings: dict[str, str], blank: int):
         super().__init__()
         self.settings = settings
+        self.blank = blank  # id of the token that audio without speech becomes
         self.encoder = encoder.requires_grad_(False)
         self.n_mels = encoder.conv1.in_channels  # 80, or 128 from large-v3 on
-        dims = encoder.ln_post.normalized_shape[0], llm.get_input_embeddings().embedding_dim
-        self.projector = Projector(*dims, int(settings["hidden_dim"]), int(settings["stride"]))
+        self.positions = encoder.positional_embedding  # (1500, C), of 30 s
         self.llm = llm.requires_grad_(False)
+        embeddings = llm.get_input_embeddings().weight  # (vocabulary, D)
+        self.rms = float(embeddings.norm(dtype=torch.float32)) / math.sqrt(embeddings.numel())
+        dims = encoder.ln_post.normalized_shape[0], embeddings.shape[1]
+        self.projector = Projector(*dims, int(settings["hidden_dim"]), int(settings["stride"]))
         self.activation_checkpointing_enable = llm.activation_checkpointing_enable
         stop = llm.generation_config.eos_token_id
         self.stop_ids = [stop] if isinstance(stop, int) else stop or []
         llm.generation_config = GenerationConfig()  # no sampling, no repetition penalty of a chat
 
     @torch.no_grad()
-    def encode(self, mel: Tensor, encoder_lengths: Tensor) -> Tensor:
-        """Log-mel windows (W, M, F) -> encoder output (B, E, C), zero beyond each length."""
-        # the float32 weights of Whisper's layers follow their input's dtype
-        windows = self.encoder(mel.to(self.llm.dtype))  # (W, 1500, C)
-        lengths = encoder_lengths.tolist()
-        counts = [-(-length // windows.shape[1]) for length in lengths]
-        utterances = [part.flatten(0, 1) for part in windows.split(counts)]
-        return pad_sequence([x[:n] for x, n in zip(utterances, lengths)], batch_first=True)
+    def encode(self, encoder_lengths: Tensor, mel: list[Tensor]) -> Tensor:
+        """Log-mel windows -> encoder output (B, E, C), zero beyond each length.
 
-    def embed(self, input_ids, audio_mask, mel, encoder_lengths) -> Tensor:
-        """Token embeddings (B, T, D) with the projected audio spliced in."""
-        encoded = self.encode(mel, encoder_lengths).to(self.projector.conv.weight.dtype)
-        audio = self.projector(encoded)  # (B, A, D)
-        audio = torch.cat([x[:n] for x, n in zip(audio, audio_mask.sum(1))])  # (B * its A, D)
-        tokens = self.llm.get_input_embeddings()(input_ids)  # (B, T, D)
-        return tokens.masked_scatter(audio_mask[..., None], audio.to(tokens.dtype))
-
-    def forward(self, attention_mask, labels, num_items_in_batch=None, **speech):
-        """The LLM's output; `loss` is of the answers, which end at the batch's right edge.
-
-        A mean over `num_items_in_batch` labels (all of an optimizer's step), or else over its own.
+        Windows of one size are encoded together, so that no result depends on the rest of a batch.
         """
-        n = int((labels != IGNORE).any(0).sum()) + 1  # the position before an answer predicts it
-        inputs = {"inputs_embeds": self.embed(**speech), "attention_mask": attention_mask}
-        target = {"labels": labels[:, -n:], "num_items_in_batch": num_items_in_batch}
-        return self.llm(**inputs, **target, logits_to_keep=n, use_cache=False)
+        encoded = {}
+        for size in {windows.shape[-1] for windows in mel}:
+            rows = [i for i, windows in enumerate(mel) if windows.shape[-1] == size]
+            self.encoder.positional_embedding = self.positions[: size // 2]
+            # the float32 weights of Whisper's layers follow their input's dtype
+            batch = self.encoder(torch.cat([mel[i] for i in rows]).to(self.llm.dtype))
+            encoded |= zip(rows, batch.split([len(mel[i]) for i in rows]))
+        lengths = enumerate(encoder_lengths.tolist())
+        return pad_sequence([encoded[i].flatten(0, 1)[:n] for i, n in lengths], batch_first=True)
 
-    def generate(self, attention_mask, end_id: int, beam: dict, **speech) -> Tensor:
+    def project(self, encoder_lengths: Tensor, mel: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Audio (B, A, D), each position as long as a typical embedding, and true lengths (B,)."""
+        encoded = self.encode(encoder_lengths, mel).to(self.projector.conv.weight.dtype)
+        audio = self.projector(encoded)
+        audio = self.rms * F.rms_norm(audio, audio.shape[-1:])
+        return audio, -(-encoder_lengths // self.projector.stride)
+
+    def ctc_loss(self, audio: Tensor, lengths: Tensor, transcripts: list[Tensor]) -> Tensor:
+        """CTC losses (B,) of audio against transcripts, with the LLM's embeddings as classifier.
+
+        So audio moves to the embedding of the word piece spoken in it. The loss is zero where a
+        transcript has more tokens than its audio has positions.
+        """
+        targets = [ids[ids != self.blank] for ids in transcripts]
+        common = torch.arange(min(CTC_PIECES, self.llm.config.vocab_size), device=audio.device)
+        pieces = torch.cat([common, *targets, lengths.new_tensor([self.blank])]).unique()
+        rows = self.llm.get_input_embeddings()(pieces)  # (P, D)
+        logits = audio.to(rows.dtype) @ rows.T * (CTC_SHARPNESS / self.rms**2 / rows.shape[1])
+        log_probs = logits.float().log_softmax(-1).transpose(0, 1)  # (A, B, P)
+        target_lengths = lengths.new_tensor([len(ids) for ids in targets])
+        targets = torch.searchsorted(pieces, torch.cat(targets))
+        options = {"blank": int(torch.searchsorted(pieces, self.blank)), "zero_infinity": True}
+        return F.ctc_loss(log_probs, targets, lengths, target_lengths, reduction="none", **options)
+
+    def splice(self, audio: Tensor, lengths: Tensor, before, after) -> dict[str, Tensor]:
+        """The LLM's input, padded on the left: embeddings of text and audio, less its blanks."""
+        ids = [before, *after, before.new_tensor([self.blank])]
+        text = self.llm.get_input_embeddings()(torch.cat(ids)).split([len(x) for x in ids])
+        speech = F.cosine_similarity(audio, text[-1], dim=-1) < BLANK_COSINE  # (B, A)
+        rows = []
+        for x, kept, n, tail in zip(audio.to(text[0].dtype), speech, lengths, text[1:-1]):
+            rows.append(torch.cat([text[0], x[:n][kept[:n]], tail]))
+        masks = [row.new_ones(len(row), dtype=torch.long) for row in rows]
+        inputs = {"inputs_embeds": rows, "attention_mask": masks}
+        return {key: pad_sequence(x, True, padding_side="left") for key, x in inputs.items()}
+
+    def forward(self, labels, num_items_in_batch=None, ctc_weight=0.0, ctc_alone=False, **batch):
+        """The LLM's loss, of the answers alone, and with `ctc_weight` or `ctc_alone` the CTC loss.
+
+        Each is a mean over `num_items_in_batch` labels (all of an optimizer's step), or its own.
+        """
+        audio, lengths = self.project(batch["encoder_lengths"], batch["mel"])
+        items = num_items_in_batch or (labels != IGNORE).sum()
+        out = {"loss": 0.0}
+        if ctc_weight:
+            losses = self.ctc_loss(audio, lengths, batch["transcripts"])
+            out = {"ctc_loss": losses.sum() / items, "ctc_skipped": (losses == 0).sum()}
+            out["loss"] = ctc_weight * out["ctc_loss"]
+        if not ctc_alone:
+            inputs = self.splice(audio, lengths, batch["before"], batch["after"])
+            options = {"logits_to_keep": labels.shape[1], "use_cache": False}
+            llm = self.llm(**inputs, labels=labels, num_items_in_batch=items, **options)
+            out |= {"llm_loss": llm.loss, "loss": out["loss"] + llm.loss}
+        return out
+
+    def generate(self, end_id: int, beam: dict, encoder_lengths, mel, before, after) -> Tensor:
         """New token ids (B, T), filled up with `end_id`; `beam` is options of generate()."""
-        inputs = {"inputs_embeds": self.embed(**speech), "attention_mask": attention_mask}
+        inputs = self.splice(*self.project(encoder_lengths, mel), before, after)
         ends = {"eos_token_id": [end_id, *self.stop_ids], "pad_token_id": end_id}
         return self.llm.generate(**inputs, **ends, **beam)
 
@@ -164,7 +217,8 @@ def load(projector_model_path=None, dtype=torch.float32, **given):
     except (OSError, RuntimeError, ValueError) as error:
         got = "what --llm_model_name_or_path or --whisper_model_name_or_path names cannot be loaded"
         raise InputError(f"{got}: {error}") from error
-    model = SpeechLLM(encoder, llm, settings)
+    blank = tokenizer.encode(" ", add_special_tokens=False)[-1]
+    model = SpeechLLM(encoder, llm, settings, blank)
     if projector_model_path:
         model.load_projector(projector_model_path)
     return model, tokenizer

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import jiwer
 import torch
+from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg, HfArgumentParser
@@ -46,7 +47,7 @@ def recognize(model, tokenizer, rows: list[dict], batch_size: int, beam: dict) -
     """Yield the hypothesis of each row of a manifest, in order; `beam` is for model.generate."""
     collator = Collator(tokenizer, model.settings, model.n_mels, answers=False)
     for batch in DataLoader(rows, batch_size, collate_fn=collator, num_workers=2):
-        batch = {key: tensor.to(model.llm.device) for key, tensor in batch.items()}
+        batch = send_to_device(batch, model.llm.device)
         ids = model.generate(end_id=collator.end_id, beam=beam, **batch)
         for text in tokenizer.batch_decode(ids, skip_special_tokens=True):
             yield " ".join(text.split())

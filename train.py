@@ -7,6 +7,7 @@ All arguments of the Hugging Face Trainer are understood. Started again with the
 goes on from the newest checkpoint in `output_dir`.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,8 @@ class DataArguments:
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
     model_max_length: int = HfArg(default=512, help="Most positions of prompt, audio and text.")
+    ctc_weight: float = HfArg(default=0.3, help="Weight of the CTC loss beside the LLM's.")
+    ctc_first: float = HfArg(default=0.5, help="Share of the steps with the CTC loss alone.")
     # flags of the published recipe that transformers 5 renamed
     eval_strategy: str = HfArg(default="no", aliases=["--evaluation_strategy"], help="When.")
     warmup_steps: float = HfArg(default=0, aliases=["--warmup_ratio"], help="Below 1: a ratio.")
@@ -49,7 +52,40 @@ class TrainingArguments(transformers.TrainingArguments):
 
 
 class ProjectorTrainer(transformers.Trainer):
-    """The Trainer, but a checkpoint's model.safetensors is the projector and its settings."""
+    """The Trainer, with the CTC loss, the listening gap, and checkpoints of the projector alone."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.parts = defaultdict(list)  # of the loss, of each batch since they were logged
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if model.training:
+            alone = self.state.global_step < self.args.ctc_first * self.state.max_steps
+            weight = self.args.ctc_weight
+            inputs = {**inputs, "ctc_weight": weight, "ctc_alone": alone and weight > 0}
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        for key in outputs.keys() - {"loss"} if model.training else ():
+            self.parts[key].append(outputs[key].detach())
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args) -> None:
+        """Add the parts of a training loss: their means over steps, and the utterances skipped."""
+        for key in sorted(self.parts) if "loss" in logs else ():
+            values = self.parts.pop(key)
+            total = self.accelerator.reduce(torch.stack(values).sum(), "sum").item()
+            steps = len(values) / self.args.gradient_accumulation_steps
+            logs[key] = total if key == "ctc_skipped" else total / steps
+        super().log(logs, *args)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Log the loss, the loss with each utterance's audio taken from the next, and their gap."""
+        rows = eval_dataset or self.eval_dataset
+        swapped = [row | {"_path": other["_path"]} for row, other in zip(rows, rows[1:] + rows[:1])]
+        metrics = super().evaluate(rows, ignore_keys, metric_key_prefix)
+        metrics |= super().evaluate(swapped, ignore_keys, f"{metric_key_prefix}_swapped")
+        own, other = (metrics[f"{metric_key_prefix}{x}_loss"] for x in ("", "_swapped"))
+        self.log({f"{metric_key_prefix}_listening_gap": other - own})
+        return metrics | {f"{metric_key_prefix}_listening_gap": other - own}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         output_dir = Path(output_dir or self.args.output_dir)

@@ -115,16 +115,25 @@ def test_log_mel_is_whispers_own_in_windows_of_30_s(n_mels):
     assert torch.equal(torch.cat([*mel], dim=1), padded)
 
 
+@pytest.mark.parametrize(
+    "seconds, window", [(0.1, 2), (1.5, 2), (1.6, 4), (27.5, 28), (27.6, 30), (29.6, 30), (30, 30)]
+)
+def test_a_window_holds_the_speech_and_a_little_silence(seconds, window):
+    audio = np.random.default_rng(0).normal(size=int(seconds * 16_000)).astype(np.float32)
+    padded = np.pad(audio, (0, window * 16_000 - len(audio)))
+    assert torch.equal(log_mel(audio, 80)[0], whisper.log_mel_spectrogram(padded, 80))
+
+
 def decode_prompt(tokenizer, prompt="Say it."):
     before, after, end_id = build_prompt(tokenizer, prompt)
     return tokenizer.decode(before), tokenizer.decode(after), tokenizer.decode([end_id])
 
 
-def test_prompt_of_chatml_puts_audio_first_in_the_user_turn():
+def test_prompt_of_chatml_puts_the_prompt_first_in_the_user_turn():
     tokenizer = tiny.make_tokenizer(tiny.CHATML, "<|endoftext|>")
     assert decode_prompt(tokenizer) == (
-        "<|im_start|>system\nYou are helpful.<|im_end|>\n<|im_start|>user\n",
-        "\nSay it.<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>system\nYou are helpful.<|im_end|>\n<|im_start|>user\nSay it.\n",
+        "<|im_end|>\n<|im_start|>assistant\n",
         "<|im_end|>",
     )
 
@@ -133,8 +142,8 @@ def test_prompt_of_llama3_begins_with_bos_and_a_date_that_stays():
     tokenizer = tiny.make_tokenizer(tiny.LLAMA3, "<|endoftext|>")
     assert decode_prompt(tokenizer) == (
         "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n26 Jul 2024<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\n",
-        "\nSay it.<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|start_header_id|>user<|end_header_id|>\n\nSay it.\n",
+        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
         "<|eot_id|>",
     )
 
@@ -142,26 +151,26 @@ def test_prompt_of_llama3_begins_with_bos_and_a_date_that_stays():
 def test_prompt_of_a_thinking_model_does_not_think():
     tokenizer = tiny.make_tokenizer(THINKING, "<|endoftext|>")
     before, after, end = decode_prompt(tokenizer)
-    assert before == "<|im_start|>user\n"
+    assert before == "<|im_start|>user\nSay it.\n"
     assert after.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert end == "<|im_end|>"
 
 
 def test_prompt_without_a_chat_template_is_plain():
     tokenizer = tiny.make_tokenizer(None, "<|endoftext|>")
-    assert decode_prompt(tokenizer) == ("", "\nSay it.\n", "<|endoftext|>")
+    assert decode_prompt(tokenizer) == ("Say it.\n", "\n", "<|endoftext|>")
     bos = "<|begin_of_text|>"
     tokenizer._tokenizer.post_processor = TemplateProcessing(
         single=f"{bos} $A", special_tokens=[(bos, tokenizer.convert_tokens_to_ids(bos))]
     )
-    assert decode_prompt(tokenizer) == (bos, "\nSay it.\n", "<|endoftext|>")
+    assert decode_prompt(tokenizer) == (f"{bos}Say it.\n", "\n", "<|endoftext|>")
 
 
 def test_prompt_of_gemma_has_the_roles_and_the_end_of_its_template():
     tokenizer = tiny.make_tokenizer(GEMMA, "<|endoftext|>")
     assert decode_prompt(tokenizer) == (
-        "<|begin_of_text|><|im_start|>user\n",
-        "\nSay it.<|im_end|>\n<|im_start|>model\n",
+        "<|begin_of_text|><|im_start|>user\nSay it.\n",
+        "<|im_end|>\n<|im_start|>model\n",
         "<|im_end|>",
     )
 
@@ -171,15 +180,16 @@ HAND_WRITTEN = {
     "chatml": (
         tiny.CHATML,
         "<|im_end|>",
-        "<|im_start|>system\nYou are helpful.<|im_end|>\n<|im_start|>user\n",
-        "\nTranscribe the speech.<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>system\nYou are helpful.<|im_end|>\n"
+        "<|im_start|>user\nRepeat the following text:\n",
+        "<|im_end|>\n<|im_start|>assistant\n",
     ),
     "llama3": (
         tiny.LLAMA3,
         "<|eot_id|>",
         "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n26 Jul 2024<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\n",
-        "\nTranscribe the speech.<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|start_header_id|>user<|end_header_id|>\n\nRepeat the following text:\n",
+        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
     ),
 }
 
@@ -204,22 +214,13 @@ def test_ids_masks_and_labels_of_two_examples_written_by_hand(template, tmp_path
         {"_path": tiny.make_sound(tmp_path / "b.wav", 0.22, 300), "txt": "a"},  # 11 positions
     ]
     batch = Collator(tokenizer, DEFAULTS, n_mels=80)(rows)
-    n_before, n_after = len(ids(before)), len(ids(after))
-    long = [*ids(before), *[end_id] * 3, *ids(after), *ids("hi"), end_id]
-    short = [end_id, *ids(before), *[end_id] * 3, *ids(after), *ids("a"), end_id]
-    assert batch["input_ids"].tolist() == [long, short]
-    assert batch["attention_mask"].tolist() == [[1] * len(long), [0] + [1] * (len(long) - 1)]
-    assert batch["audio_mask"].int().tolist() == [
-        [0] * n_before + [1] * 3 + [0] * (n_after + 3),
-        [0] * (1 + n_before) + [1] * 3 + [0] * (n_after + 2),
-    ]
-    no_loss = [IGNORE] * (n_before + 3 + n_after)
-    assert batch["labels"].tolist() == [
-        no_loss + [*ids("hi"), end_id],
-        [IGNORE, *no_loss, *ids("a"), end_id],
-    ]
+    assert batch["before"].tolist() == ids(before)
+    texts = [[*ids("hi"), end_id], [*ids("a"), end_id]]
+    assert [x.tolist() for x in batch["after"]] == [ids(after) + text for text in texts]
+    assert batch["labels"].tolist() == [[IGNORE, *texts[0]], [IGNORE, IGNORE, *texts[1]]]
+    assert [x.tolist() for x in batch["transcripts"]] == [ids(" hi"), ids(" a")]
     assert batch["encoder_lengths"].tolist() == [15, 11]
-    assert batch["mel"].shape == (2, 80, 3000)
+    assert [mel.shape for mel in batch["mel"]] == [(1, 80, 200)] * 2
 
 
 def test_decoding_has_the_training_prompt_and_neither_answers_nor_labels(paths):
@@ -227,16 +228,18 @@ def test_decoding_has_the_training_prompt_and_neither_answers_nor_labels(paths):
     rows = read_manifest([paths.manifest])[:1]
     train = Collator(tokenizer, DEFAULTS, n_mels=80)(rows)
     decode = Collator(tokenizer, DEFAULTS, n_mels=80, answers=False)(rows)
-    n = decode["input_ids"].shape[1]
-    assert set(train) - set(decode) == {"labels"}
-    assert torch.equal(train["input_ids"][:, :n], decode["input_ids"])
-    assert (train["labels"][:, :n] == IGNORE).all() and (train["labels"][:, n:] != IGNORE).all()
+    assert set(train) - set(decode) == {"labels", "transcripts"}
+    assert torch.equal(train["before"], decode["before"])
+    n = len(decode["after"][0])
+    assert torch.equal(train["after"][0][:n], decode["after"][0])
+    assert torch.equal(train["after"][0][n:], train["labels"][0, 1:])
 
 
 def test_an_utterance_longer_than_model_max_length_is_refused_by_name(paths):
     tokenizer = tiny.make_tokenizer(tiny.CHATML, "<|im_end|>")
     rows = read_manifest([paths.manifest])[:1]
-    length = Collator(tokenizer, DEFAULTS, n_mels=80)(rows)["input_ids"].shape[1]
+    batch = Collator(tokenizer, DEFAULTS, n_mels=80)(rows)
+    length = len(batch["before"]) + 5 + len(batch["after"][0])
     Collator(tokenizer, DEFAULTS, n_mels=80, max_length=length)(rows)
     with pytest.raises(InputError, match=rf"0.wav needs {length} positions .* is {length - 1}"):
         Collator(tokenizer, DEFAULTS, n_mels=80, max_length=length - 1)(rows)

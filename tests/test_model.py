@@ -81,63 +81,139 @@ def test_audio_of_any_length_takes_its_true_number_of_positions(
     path = tiny.make_sound(tmp_path / "a.wav", samples / 16_000, 300)
     batch = make_batch(model, tokenizer, [{"_path": path, "txt": "go"}])
     assert batch["encoder_lengths"].tolist() == [positions]
-    assert batch["audio_mask"].sum() == audio
-    assert model.encode(batch["mel"], batch["encoder_lengths"]).shape[:2] == (1, positions)
-    assert model(**batch).loss.isfinite()
+    assert model.encode(batch["encoder_lengths"], batch["mel"]).shape[:2] == (1, positions)
+    assert model.project(batch["encoder_lengths"], batch["mel"])[1].tolist() == [audio]
+    assert model(**batch)["loss"].isfinite()
 
 
 def test_windows_of_long_audio_are_encoded_apart_and_joined(paths):
     model, _ = load_tiny(paths)
-    mel = torch.randn(4, 80, 3000)  # 30 s, 41 s (two windows), 10 s
-    lengths = torch.tensor([1500, 2050, 500])
-    encoded = model.encode(mel, lengths)
-    windows = model.encoder(mel)
+    mel = [torch.randn(1, 80, 3000), torch.randn(2, 80, 3000), torch.randn(1, 80, 1000)]
+    lengths = torch.tensor([1500, 2050, 480])  # 30 s, 41 s (two windows), 9.6 s
+    whole = model.encoder(torch.cat(mel[:2]))
+    encoded = model.encode(lengths, mel)
     assert encoded.shape == (3, 2050, 32)
-    assert torch.allclose(encoded[0, :1500], windows[0], atol=1e-6)
-    assert torch.allclose(encoded[1], torch.cat([windows[1], windows[2, :550]]), atol=1e-6)
-    assert torch.allclose(encoded[2, :500], windows[3, :500], atol=1e-6)
-    assert not encoded[0, 1500:].any() and not encoded[2, 500:].any()
+    assert torch.allclose(encoded[0, :1500], whole[0], atol=1e-6)
+    assert torch.allclose(encoded[1], torch.cat([whole[1], whole[2, :550]]), atol=1e-6)
+    assert torch.equal(encoded[2:, :480], model.encode(lengths[2:], mel[2:]))
+    assert not encoded[0, 1500:].any() and not encoded[2, 480:].any()
 
 
-def test_audio_is_spliced_into_its_places_and_nowhere_else(paths):
+def test_audio_is_spliced_into_its_place_and_nowhere_else(paths):
     model, tokenizer = load_tiny(paths)
-    batch = make_batch(model, tokenizer, read_manifest([paths.manifest])[:3])
-    speech = {k: batch[k] for k in ("input_ids", "audio_mask", "mel", "encoder_lengths")}
-    embedded = model.embed(**speech)
-    tokens = model.llm.get_input_embeddings()(batch["input_ids"])
-    mask = batch["audio_mask"]
-    assert torch.equal(embedded[~mask], tokens[~mask])
-    encoded = model.encode(batch["mel"], batch["encoder_lengths"])
-    for row in range(3):
-        own = model.projector(encoded[row : row + 1, : batch["encoder_lengths"][row]])[0]
-        assert torch.allclose(embedded[row][mask[row]], own, atol=1e-5)
+    batch = make_batch(model, tokenizer, read_manifest([paths.manifest])[:3], answers=False)
+    audio, lengths = model.project(batch["encoder_lengths"], batch["mel"])
+    out = model.splice(audio, lengths, batch["before"], batch["after"])
+    embed = model.llm.get_input_embeddings()
+    assert lengths.tolist() == [5, 7, 8] and out["attention_mask"].sum(1).diff().tolist() == [2, 1]
+    for row, mask, own, n in zip(out["inputs_embeds"], out["attention_mask"], audio, lengths):
+        before, after = embed(batch["before"]), embed(batch["after"][0])
+        assert torch.equal(row[mask.bool()], torch.cat([before, own[:n], after]))
+        assert mask.tolist() == sorted(mask.tolist())  # padded on the left
+        assert torch.allclose(own.norm(dim=1), embed.weight.norm() / 263**0.5, rtol=1e-3)
+
+
+def test_blanks_are_not_shown_to_the_llm(paths):
+    model, tokenizer = load_tiny(paths)
+    batch = make_batch(model, tokenizer, read_manifest([paths.manifest])[3:5], answers=False)
+    audio, lengths = model.project(batch["encoder_lengths"], batch["mel"])
+    text = batch["before"], batch["after"]
+    embed = model.llm.get_input_embeddings()
+    blank = embed.weight[tokenizer.encode(" ")[0]]
+    audio[0, [0, 2]] = 3 * blank
+    audio[1] = blank + 0.1 * blank.norm() * torch.nn.functional.normalize(audio[1], dim=-1)
+    out = model.splice(audio, lengths, *text)
+    kept = audio[0, [1, *range(3, lengths[0])]]
+    assert torch.equal(
+        out["inputs_embeds"][0], torch.cat([embed(text[0]), kept, embed(text[1][0])])
+    )
+    silent = out["inputs_embeds"][1][out["attention_mask"][1].bool()]
+    assert torch.equal(silent, torch.cat([embed(text[0]), embed(text[1][1])]))
+
+
+def test_ctc_loss_is_the_probability_of_all_alignments_written_out(paths):
+    model, tokenizer = load_tiny(paths)
+    embeddings = model.llm.get_input_embeddings().weight
+    g, o = tokenizer.encode("go")
+    blank = model.blank
+    torch.manual_seed(1)
+    audio = embeddings[torch.tensor([[g, o, blank, g], [g, o, o, g]])] + 0.1 * torch.randn(
+        2, 4, 128
+    )
+    audio.requires_grad_()
+    # a space in a transcript is the blank, and leaves "go"; of the second audio, 1 position counts
+    transcripts = [torch.tensor([blank, g, blank, o]), torch.tensor([g, o])]
+    losses = model.ctc_loss(audio, torch.tensor([3, 1]), transcripts)
+    sharpness = 14 / model.rms**2 / 128
+    probabilities = (sharpness * audio[0] @ embeddings.T).softmax(-1)
+    paths_of_go = [(g, o, blank), (g, blank, o), (blank, g, o), (g, g, o), (g, o, o)]
+    total = sum(
+        probabilities[0, x] * probabilities[1, y] * probabilities[2, z] for x, y, z in paths_of_go
+    )
+    assert torch.allclose(losses, torch.stack([-total.log(), torch.tensor(0.0)]), rtol=1e-4)
+    [gradient] = torch.autograd.grad(losses.sum(), audio)
+    [wanted] = torch.autograd.grad(-total.log(), audio)
+    assert torch.allclose(gradient, wanted, atol=1e-4 * wanted.abs().max())
+    assert not gradient[0, 3].any() and not gradient[1].any()
+
+
+def test_ctc_loss_of_a_large_vocabulary_tells_common_pieces_and_the_answers_apart(
+    paths, monkeypatch
+):
+    model, tokenizer = load_tiny(paths)
+    monkeypatch.setattr("model.CTC_PIECES", 40)
+    batch = make_batch(model, tokenizer, read_manifest([paths.manifest])[:2])
+    audio, lengths = model.project(batch["encoder_lengths"], batch["mel"])
+    few = model.ctc_loss(audio, lengths, batch["transcripts"])
+    text = tokenizer.encode("gono")
+    pieces = sorted({*range(40), *text, model.blank})
+    model.llm.get_input_embeddings().weight.data[[i for i in range(263) if i not in pieces]] = (
+        -1e4 * audio.sum((0, 1))
+    )  # of no probability
+    assert torch.allclose(few, model.ctc_loss(audio, lengths, batch["transcripts"]), rtol=1e-4)
+    monkeypatch.setattr("model.CTC_PIECES", 263)
+    assert torch.allclose(few, model.ctc_loss(audio, lengths, batch["transcripts"]), rtol=1e-4)
+
+
+def test_the_training_loss_is_the_weighted_sum_of_both(paths):
+    model, tokenizer = load_tiny(paths)
+    batch = make_batch(model, tokenizer, read_manifest([paths.manifest]))
+    both = model(**batch, ctc_weight=0.3)
+    alone = model(**batch, ctc_weight=1.0, ctc_alone=True)
+    assert alone.keys() == {"loss", "ctc_loss", "ctc_skipped"} and alone["ctc_skipped"] == 0
+    assert torch.equal(alone["loss"], alone["ctc_loss"])
+    loss = 0.3 * alone["loss"] + model(**batch)["loss"]
+    assert torch.allclose(both["loss"], loss, rtol=1e-5)
 
 
 @pytest.mark.parametrize("llm", ["qwen", "llama"])
-def test_logits_for_labels_alone_give_the_full_loss_and_gradients(paths, llm):
+def test_logits_for_labels_alone_give_the_full_loss_and_gradients(paths, llm, monkeypatch):
     model, tokenizer = load_tiny(paths, llm)
     batch = make_batch(model, tokenizer, read_manifest([paths.manifest]))
-    labels, attention_mask = batch["labels"], batch["attention_mask"]
-    out = model(**batch)
-    assert out.logits.shape[1] == (labels[:, 1:] != IGNORE).any(0).sum() + 1 < labels.shape[1]
-    speech = {k: batch[k] for k in ("input_ids", "audio_mask", "mel", "encoder_lengths")}
-    full = model.llm(
-        inputs_embeds=model.embed(**speech),
-        attention_mask=attention_mask,
-    ).logits
-    loss = torch.nn.functional.cross_entropy(full[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-    assert torch.allclose(out.loss, loss, atol=1e-5)
-    assert torch.allclose(gradients(model, out.loss), gradients(model, loss), atol=1e-5)
+    positions = []
+    model.llm.lm_head.register_forward_hook(lambda *x: positions.append(x[2].shape[1]))
+    loss = model(**batch)["loss"]
+    assert positions == [1 + len("left") + 1]
+    speech = model.project(batch["encoder_lengths"], batch["mel"])
+    logits = model.llm(**model.splice(*speech, batch["before"], batch["after"])).logits
+    labels = batch["labels"][:, 1:]
+    logits = logits[:, -labels.shape[1] - 1 : -1].flatten(0, 1)
+    full = torch.nn.functional.cross_entropy(logits, labels.flatten())
+    assert torch.allclose(loss, full, atol=1e-5)
+    assert torch.allclose(gradients(model, loss), gradients(model, full), atol=1e-5)
 
 
-def test_loss_is_a_mean_over_all_labels_of_an_optimizer_step(paths):
+@pytest.mark.parametrize(
+    "weights", [{}, {"ctc_weight": 0.3}, {"ctc_weight": 1.0, "ctc_alone": True}]
+)
+def test_loss_is_a_mean_over_all_labels_of_an_optimizer_step(paths, weights):
     model, tokenizer = load_tiny(paths)
     rows = read_manifest([paths.manifest])[:4]  # answers of unequal lengths
     whole = make_batch(model, tokenizer, rows)
     total = (whole["labels"] != IGNORE).sum()
     parts = [make_batch(model, tokenizer, part) for part in (rows[:1], rows[1:])]
-    loss = sum(model(**part, num_items_in_batch=total).loss for part in parts)
-    assert torch.allclose(loss, model(**whole).loss, atol=1e-5)
+    loss = sum(model(**part, num_items_in_batch=total, **weights)["loss"] for part in parts)
+    assert torch.allclose(loss, model(**whole, **weights)["loss"], atol=1e-5)
 
 
 @pytest.mark.parametrize("llm", ["qwen", "llama"])
@@ -152,16 +228,16 @@ def test_a_batch_of_four_equals_four_single_runs(paths, llm):
     together = tokenizer.batch_decode(model.generate(**decode, **options), skip_special_tokens=True)
     loss, apart = 0, []
     for row in rows:
-        loss += model(**make_batch(model, tokenizer, [row]), num_items_in_batch=count).loss
+        loss += model(**make_batch(model, tokenizer, [row]), num_items_in_batch=count)["loss"]
         single = model.generate(**make_batch(model, tokenizer, [row], answers=False), **options)
         apart += tokenizer.batch_decode(single, skip_special_tokens=True)
-    assert torch.allclose(model(**batch).loss, loss, atol=1e-5)
+    assert torch.allclose(model(**batch)["loss"], loss, atol=1e-5)
     assert together == apart and len(set(apart)) > 1
 
 
 def test_only_the_projector_has_gradients(paths):
     model, tokenizer = load_tiny(paths)
-    model(**make_batch(model, tokenizer, read_manifest([paths.manifest])[:2])).loss.backward()
+    model(**make_batch(model, tokenizer, read_manifest([paths.manifest])[:2]))["loss"].backward()
     for name, parameter in model.named_parameters():
         trained = name.startswith("projector.")
         assert (parameter.grad is not None) == parameter.requires_grad == trained, name
@@ -171,10 +247,10 @@ def test_under_bfloat16_the_projector_stays_float32(paths):
     model, tokenizer = load_tiny(paths, dtype=torch.bfloat16)
     batch = make_batch(model, tokenizer, read_manifest([paths.manifest])[:2])
     assert model.llm.dtype == torch.bfloat16
-    exact = load_tiny(paths)[0](**batch).loss
+    exact = load_tiny(paths)[0](**batch)["loss"]
     for autocast in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = model(**batch).loss
+            loss = model(**batch)["loss"]
         loss.backward()
         assert torch.allclose(loss.float(), exact, rtol=0.03)
         assert {p.grad.dtype for p in model.projector.parameters()} == {torch.float32}
@@ -183,8 +259,8 @@ def test_under_bfloat16_the_projector_stays_float32(paths):
 def test_encoders_of_128_mel_bins_are_read(paths):
     model, tokenizer = load_tiny(paths, whisper="whisper128")
     batch = make_batch(model, tokenizer, read_manifest([paths.manifest])[:2])
-    assert batch["mel"].shape == (2, 128, 3000)
-    assert model(**batch).loss.isfinite()
+    assert [mel.shape for mel in batch["mel"]] == [(1, 128, 200)] * 2
+    assert model(**batch)["loss"].isfinite()
 
 
 def test_sampling_and_penalties_of_a_chat_model_are_dropped_but_its_stops_kept(paths, tmp_path):

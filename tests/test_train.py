@@ -115,8 +115,19 @@ def test_eight_utterances_are_learnt_word_for_word_and_the_rest_stays_frozen(
         models.append((model, {k: v.clone() for k, v in model.state_dict().items()}))
 
     on_load(monkeypatch, keep)
-    steps = ["--max_steps", "300", "--per_device_train_batch_size", "8", "--save_strategy", "no"]
+    steps = [
+        "--max_steps",
+        "400",
+        "--ctc_first",
+        "0.25",
+        "--per_device_train_batch_size",
+        "8",
+        "--save_strategy",
+        "no",
+    ]
+    steps += ["--eval_data_path", paths.manifest]
     run(paths, tmp_path, *steps, "--learning_rate", "5e-3", "--lr_scheduler_type", "cosine")
+    assert log(tmp_path, "eval_listening_gap")[0] > 1  # nats a token
     capsys.readouterr()
     for beams in ("1", "3"):
         arguments = ["--projector_model_path", str(tmp_path / "model.safetensors")]
@@ -158,6 +169,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end_where_asked_for(paths, tmp_pat
 
 def test_two_processes_learn_what_one_learns_with_accumulation(paths, tmp_path):
     steps = "--max_steps 2 --learning_rate 1e-2 --save_strategy no --per_device_train_batch_size 2"
+    steps += f" --eval_data_path {paths.manifest} --per_device_eval_batch_size 4"
     one = run(paths, tmp_path / "one", *steps.split(), "--gradient_accumulation_steps", "2")
     shell(
         f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2 {ROOT}/train.py"
@@ -166,7 +178,8 @@ def test_two_processes_learn_what_one_learns_with_accumulation(paths, tmp_path):
         tmp_path,
     )
     two = load_file(tmp_path / "two" / "model.safetensors")
-    for key in ("loss", "grad_norm"):
+    for key in ("loss", "grad_norm", "ctc_loss", "llm_loss", "eval_loss", "eval_listening_gap"):
+        assert log(tmp_path / "one", key)
         assert log(tmp_path / "two", key) == pytest.approx(log(tmp_path / "one", key), rel=1e-4)
     assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
 
@@ -190,6 +203,37 @@ def test_evaluation_loss_is_that_of_the_evaluation_manifest(paths, tmp_path):
     assert len(losses) == 3 and losses[2] == losses[1] < losses[0]
 
 
+def test_the_listening_gap_is_the_loss_with_the_audio_of_the_next_less_the_loss(paths, tmp_path):
+    rows = [json.loads(line) for line in Path(paths.manifest).read_text().splitlines()]
+    folder = str(Path(paths.manifest).parent)
+    own, swapped = tmp_path / "own.jsonl", tmp_path / "swapped.jsonl"
+    wavs = [f"{folder}/{row['wav']}" for row in rows]
+    for path, order in ((own, wavs), (swapped, [*wavs[1:], wavs[0]])):
+        lines = [json.dumps({"wav": w, "txt": row["txt"]}) for w, row in zip(order, rows)]
+        path.write_text("\n".join(lines))
+    losses = {}
+    for path in (own, swapped):
+        run(paths, tmp_path / path.stem, "--max_steps", "1", "--eval_data_path", str(path))
+        losses[path] = log(tmp_path / path.stem, "eval_loss")[0]
+    [gap] = log(tmp_path / "own", "eval_listening_gap")
+    assert gap == pytest.approx(losses[swapped] - losses[own], abs=1e-5) and abs(gap) > 1e-3
+    assert log(tmp_path / "own", "eval_swapped_loss") == pytest.approx([losses[swapped]])
+
+
+def test_the_llm_joins_after_the_first_share_of_the_steps(paths, tmp_path):
+    short = tiny.make_manifest(tmp_path, ["go", "no", "up", "on", "in", "ten " * 30])
+    options = ["--data_path", str(short), "--max_steps", "4", "--per_device_train_batch_size", "6"]
+    run(paths, tmp_path, *options, "--ctc_first", "0.5", "--save_strategy", "no")
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"][:4]
+    assert ["llm_loss" in entry for entry in history] == [False, False, True, True]
+    assert [entry["ctc_skipped"] for entry in history] == [1] * 4  # too much text for its audio
+    for entry in history:
+        loss = 0.3 * entry["ctc_loss"] + entry.get("llm_loss", 0)
+        assert entry["loss"] == pytest.approx(loss, rel=1e-4)
+    run(paths, tmp_path / "off", *options, "--ctc_weight", "0", "--save_strategy", "no")
+    assert len(log(tmp_path / "off", "llm_loss")) == 4 and not log(tmp_path / "off", "ctc_loss")
+
+
 def test_the_older_flags_mean_what_they_meant(paths, tmp_path):
     options = ["--max_steps", "4", "--warmup_ratio", "0.5"]
     options += ["--lr_scheduler_type", "constant_with_warmup"]
@@ -199,6 +243,7 @@ def test_the_older_flags_mean_what_they_meant(paths, tmp_path):
 
 def test_gradient_checkpointing_recomputes_and_changes_no_weight(paths, tmp_path, monkeypatch):
     options = ["--max_steps", "2", "--learning_rate", "1e-2", "--save_strategy", "no"]
+    options += ["--ctc_first", "0"]
     plain = run(paths, tmp_path / "plain", *options)
     counts = []
 
