@@ -5,8 +5,8 @@ second), E encoder positions (50 a second), C encoder width, A audio positions (
 width, T tokens.
 """
 
-import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,18 +14,18 @@ import torch.nn.functional as F
 import whisper
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor, func, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-HIDDEN_DIM = 2048  # width of the projector's hidden layer
-STRIDE = 5  # encoder positions that the projector joins
 PROMPT = "Repeat the following text:"  # stands before the audio
+# metadata of a projector file: its format, to be raised when older code must not read newer files,
+# the encoder positions that the projector joins, and the width of its hidden layer
+DEFAULTS = {"format": "2", "stride": "5", "hidden_dim": "2048", "prompt": PROMPT}
 CTC_PIECES = 8192  # word pieces that the CTC loss always tells apart: the first are the most common
 CTC_SHARPNESS = 14.0  # logit of a position that equals a typical embedding; no certainty far off it
 BLANK_COSINE = 0.7  # audio nearer than this to the blank's embedding is not shown to the LLM
-# metadata of a projector file; the format is to be raised when older code must not read newer files
-DEFAULTS = {"format": "1", "stride": str(STRIDE), "hidden_dim": str(HIDDEN_DIM), "prompt": PROMPT}
+PLACEHOLDER = "<|speech-goes-here|>"  # is rendered by the chat template, never tokenised
 IGNORE = -100  # the label of a position without loss, as in transformers and torch
 
 
@@ -34,77 +34,91 @@ class InputError(ValueError):
 
 
 def run(main) -> None:
-    """Call a command's main; an InputError, a data worker's too, becomes one line on stderr."""
+    """Call a command's main; InputError, a data worker's too, and OSError become one line."""
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         sys.exit(f"{sys.argv[0]}: {str(error).rsplit('InputError: ', 1)[-1].strip()}")
 
 
-class Projector(nn.Module):
-    """Encoder output (B, E, C) -> audio embeddings (B, ceil(E / stride), D), as in WeST."""
+def encode(tokenizer, text: str) -> list[int]:
+    """Token ids of `text` without those that a tokenizer puts around a whole text."""
+    return tokenizer.encode(text, add_special_tokens=False)
 
-    def __init__(self, encoder_dim: int, llm_dim: int, hidden_dim=HIDDEN_DIM, stride=STRIDE):
+
+def build_prompt(tokenizer, prompt: str) -> tuple[list[int], list[int], int]:
+    """Token ids before the audio and after it, and the token that ends the answer.
+
+    `prompt`, then the audio, are the user's turn in the tokenizer's chat template. A tokenizer
+    without one gets its own start of text, prompt, newline, audio, newline, and answers end in EOS.
+    """
+    # Qwen3 must not think aloud, and Llama 3's system turn must not change from day to day
+    fixed = {"tokenize": False, "enable_thinking": False, "date_string": "26 Jul 2024"}
+    render = partial(tokenizer.apply_chat_template, **fixed)
+    if not tokenizer.chat_template:
+        return tokenizer.encode(f"{prompt}\n"), encode(tokenizer, "\n"), tokenizer.eos_token_id
+    user = {"role": "user", "content": f"{prompt}\n{PLACEHOLDER}"}
+    before, after = render([user], add_generation_prompt=True).split(PLACEHOLDER)
+    dialogue = render([user, {"role": "assistant", "content": PLACEHOLDER}])
+    tail = dialogue.rsplit(PLACEHOLDER, 1)[1].strip()
+    end_id = encode(tokenizer, tail)[0] if tail else tokenizer.eos_token_id
+    return encode(tokenizer, before), encode(tokenizer, after), end_id
+
+
+class Projector(nn.Module):
+    """Encoder output (B, E, C) -> audio (B, ceil(E / stride), D), as in WeST but of unit RMS."""
+
+    def __init__(self, encoder_dim: int, llm_dim: int, hidden_dim: int, stride: int):
         super().__init__()
-        self.stride = stride
         self.conv = nn.Conv1d(encoder_dim, encoder_dim, kernel_size=stride, stride=stride)
         self.hidden = nn.Linear(encoder_dim, hidden_dim)
         self.output = nn.Linear(hidden_dim, llm_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (0, 0, 0, -x.shape[1] % self.stride))  # (B, A * stride, C)
+        x = F.pad(x, (0, 0, 0, -x.shape[1] % self.conv.stride[0]))  # (B, A * stride, C)
         x = F.relu(self.conv(x.transpose(1, 2))).transpose(1, 2)  # (B, A, C)
-        return self.output(F.relu(self.hidden(x)))  # (B, A, D)
+        return F.rms_norm(self.output(F.relu(self.hidden(x))), self.output.bias.shape)  # (B, A, D)
 
 
 class SpeechLLM(nn.Module):
-    """An LLM that reads speech between `before` and `after`; only the projector learns.
+    """An LLM that reads speech within its prompt; only the projector learns.
 
-    A batch is data.Collator's: encoder_lengths (B,), the true lengths in encoder positions; mel, a
-    list of each utterance's windows (W, M, F); before (T,), and after, a list of each utterance's
-    (T,), token ids that stand before and after the audio; in training, labels (B, T), the answers
-    at the right edge, and transcripts, a list of each utterance's ids (T,) for the CTC loss.
+    A batch is data.collate's: encoder_lengths (B,), the true lengths in encoder positions; mel, a
+    list of each utterance's windows (W, M, F); labels (B, T), the answers, padded on the left;
+    transcripts, a list of each utterance's token ids (T,) for the CTC loss.
     """
 
-    def __init__(self, encoder: nn.Module, llm: nn.Module, settings: dict[str, str], blank: int):
+    def __init__(self, encoder: nn.Module, llm: nn.Module, tokenizer, settings: dict[str, str]):
         super().__init__()
-        self.settings = settings
-        self.blank = blank  # id of the token that audio without speech becomes
-        self.encoder = encoder.requires_grad_(False)
-        self.n_mels = encoder.conv1.in_channels  # 80, or 128 from large-v3 on
-        self.positions = encoder.positional_embedding  # (1500, C), of 30 s
-        self.llm = llm.requires_grad_(False)
+        self.settings, self.tokenizer = settings, tokenizer
+        self.before, self.after, self.end_id = build_prompt(tokenizer, settings["prompt"])
+        self.blank = encode(tokenizer, " ")[-1]  # what audio without speech is to be like
+        self.encoder, self.llm = encoder.requires_grad_(False), llm.requires_grad_(False)
         embeddings = llm.get_input_embeddings().weight  # (vocabulary, D)
-        self.rms = float(embeddings.norm(dtype=torch.float32)) / math.sqrt(embeddings.numel())
+        self.rms = float(embeddings.norm(dtype=torch.float32)) / embeddings.numel() ** 0.5
+        stride, hidden_dim = int(settings["stride"]), int(settings["hidden_dim"])
         dims = encoder.ln_post.normalized_shape[0], embeddings.shape[1]
-        self.projector = Projector(*dims, int(settings["hidden_dim"]), int(settings["stride"]))
+        self.projector = Projector(*dims, hidden_dim, stride)
         self.activation_checkpointing_enable = llm.activation_checkpointing_enable
-        stop = llm.generation_config.eos_token_id
-        self.stop_ids = [stop] if isinstance(stop, int) else stop or []
-        llm.generation_config = GenerationConfig()  # no sampling, no repetition penalty of a chat
-
-    @torch.no_grad()
-    def encode(self, encoder_lengths: Tensor, mel: list[Tensor]) -> Tensor:
-        """Log-mel windows -> encoder output (B, E, C), zero beyond each length.
-
-        Windows of one size are encoded together, so that no result depends on the rest of a batch.
-        """
-        encoded = {}
-        for size in {windows.shape[-1] for windows in mel}:
-            rows = [i for i, windows in enumerate(mel) if windows.shape[-1] == size]
-            self.encoder.positional_embedding = self.positions[: size // 2]
-            # the float32 weights of Whisper's layers follow their input's dtype
-            batch = self.encoder(torch.cat([mel[i] for i in rows]).to(self.llm.dtype))
-            encoded |= zip(rows, batch.split([len(mel[i]) for i in rows]))
-        lengths = enumerate(encoder_lengths.tolist())
-        return pad_sequence([encoded[i].flatten(0, 1)[:n] for i, n in lengths], batch_first=True)
+        stops = torch.tensor(llm.generation_config.eos_token_id or []).flatten().tolist()
+        ends = {"eos_token_id": [self.end_id, *stops], "pad_token_id": self.end_id}
+        llm.generation_config = GenerationConfig(**ends)  # no sampling, no penalties of a chat
+        self.ctc_losses: list[Tensor] = []  # each (B,), until a log is written
+        # what data.collate is to know: 80 mel bins, or 128 from large-v3 on
+        sizes = {"n_mels": encoder.conv1.in_channels, "n_prompt": len(self.before + self.after)}
+        self.collation = {"tokenizer": tokenizer, "end_id": self.end_id, "stride": stride, **sizes}
 
     def project(self, encoder_lengths: Tensor, mel: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Audio (B, A, D), each position as long as a typical embedding, and true lengths (B,)."""
-        encoded = self.encode(encoder_lengths, mel).to(self.projector.conv.weight.dtype)
-        audio = self.projector(encoded)
-        audio = self.rms * F.rms_norm(audio, audio.shape[-1:])
-        return audio, -(-encoder_lengths // self.projector.stride)
+        encoded = []
+        for windows, length in zip(mel, encoder_lengths):
+            # Whisper's encoder is made for 30 s, but its positions are sines, and end anywhere
+            positions = self.encoder.positional_embedding[: windows.shape[-1] // 2]
+            inputs = {"positional_embedding": positions}, windows.to(self.llm.dtype)
+            encoded.append(func.functional_call(self.encoder, *inputs).flatten(0, 1)[:length])
+        encoded = pad_sequence(encoded, batch_first=True)  # (B, E, C)
+        audio = self.rms * self.projector(encoded.to(self.projector.conv.weight.dtype))
+        return audio, -(-encoder_lengths // self.projector.conv.stride[0])
 
     def ctc_loss(self, audio: Tensor, lengths: Tensor, transcripts: list[Tensor]) -> Tensor:
         """CTC losses (B,) of audio against transcripts, with the LLM's embeddings as classifier.
@@ -113,66 +127,61 @@ class SpeechLLM(nn.Module):
         transcript has more tokens than its audio has positions.
         """
         targets = [ids[ids != self.blank] for ids in transcripts]
-        common = torch.arange(min(CTC_PIECES, self.llm.config.vocab_size), device=audio.device)
-        pieces = torch.cat([common, *targets, lengths.new_tensor([self.blank])]).unique()
+        sizes = lengths.new_tensor([len(ids) for ids in targets])
+        n = min(CTC_PIECES, self.llm.config.vocab_size)
+        ids = [torch.arange(n, device=audio.device), sizes.new_tensor([self.blank]), *targets]
+        pieces, ids = torch.cat(ids).unique(return_inverse=True)  # (P,), and each id's place in it
         rows = self.llm.get_input_embeddings()(pieces)  # (P, D)
         logits = audio.to(rows.dtype) @ rows.T * (CTC_SHARPNESS / self.rms**2 / rows.shape[1])
         log_probs = logits.float().log_softmax(-1).transpose(0, 1)  # (A, B, P)
-        target_lengths = lengths.new_tensor([len(ids) for ids in targets])
-        targets = torch.searchsorted(pieces, torch.cat(targets))
-        options = {"blank": int(torch.searchsorted(pieces, self.blank)), "zero_infinity": True}
-        return F.ctc_loss(log_probs, targets, lengths, target_lengths, reduction="none", **options)
+        return F.ctc_loss(log_probs, ids[n + 1 :], lengths, sizes, int(ids[n]), "none", True)
 
-    def splice(self, audio: Tensor, lengths: Tensor, before, after) -> dict[str, Tensor]:
-        """The LLM's input, padded on the left: embeddings of text and audio, less its blanks."""
-        ids = [before, *after, before.new_tensor([self.blank])]
+    def splice(self, audio: Tensor, lengths: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The LLM's input, padded on the left: prompt around audio less its blanks, and answer."""
+        tails = [torch.cat([labels.new_tensor(self.after), x[x != IGNORE]]) for x in labels]
+        ids = [labels.new_tensor([self.blank]), labels.new_tensor(self.before), *tails]
         text = self.llm.get_input_embeddings()(torch.cat(ids)).split([len(x) for x in ids])
-        speech = F.cosine_similarity(audio, text[-1], dim=-1) < BLANK_COSINE  # (B, A)
+        speech = F.cosine_similarity(audio, text[0], dim=-1) < BLANK_COSINE  # (B, A)
         rows = []
-        for x, kept, n, tail in zip(audio.to(text[0].dtype), speech, lengths, text[1:-1]):
-            rows.append(torch.cat([text[0], x[:n][kept[:n]], tail]))
-        masks = [row.new_ones(len(row), dtype=torch.long) for row in rows]
-        inputs = {"inputs_embeds": rows, "attention_mask": masks}
+        for x, kept, n, tail in zip(audio.to(text[0].dtype), speech, lengths, text[2:]):
+            rows.append(torch.cat([text[1], x[:n][kept[:n]], tail]))
+        inputs = {"inputs_embeds": rows, "attention_mask": [labels.new_ones(len(x)) for x in rows]}
         return {key: pad_sequence(x, True, padding_side="left") for key, x in inputs.items()}
 
-    def forward(self, labels, num_items_in_batch=None, ctc_weight=0.0, ctc_alone=False, **batch):
-        """The LLM's loss, of the answers alone, and with `ctc_weight` or `ctc_alone` the CTC loss.
+    def forward(self, labels, num_items_in_batch=None, ctc_weight=0.0, ctc_alone=False, **speech):
+        """The LLM's loss, of the answers alone, and the weighted CTC loss, in nats a label.
 
-        Each is a mean over `num_items_in_batch` labels (all of an optimizer's step), or its own.
+        A mean over `num_items_in_batch` labels (all of an optimizer's step), or else over its own.
         """
-        audio, lengths = self.project(batch["encoder_lengths"], batch["mel"])
-        items = num_items_in_batch or (labels != IGNORE).sum()
-        out = {"loss": 0.0}
+        audio, lengths = self.project(speech["encoder_lengths"], speech["mel"])
+        items, loss = num_items_in_batch or (labels != IGNORE).sum(), 0.0
         if ctc_weight:
-            losses = self.ctc_loss(audio, lengths, batch["transcripts"])
-            out = {"ctc_loss": losses.sum() / items, "ctc_skipped": (losses == 0).sum()}
-            out["loss"] = ctc_weight * out["ctc_loss"]
+            losses = self.ctc_loss(audio, lengths, speech["transcripts"])
+            self.ctc_losses.append(losses.detach())
+            loss = ctc_weight * losses.sum() / items
         if not ctc_alone:
-            inputs = self.splice(audio, lengths, batch["before"], batch["after"])
-            options = {"logits_to_keep": labels.shape[1], "use_cache": False}
-            llm = self.llm(**inputs, labels=labels, num_items_in_batch=items, **options)
-            out |= {"llm_loss": llm.loss, "loss": out["loss"] + llm.loss}
-        return out
+            labels = F.pad(labels, (1, 0), value=IGNORE)  # predicted from the position before
+            inputs = {**self.splice(audio, lengths, labels), "labels": labels, "use_cache": False}
+            options = {"logits_to_keep": labels.shape[1], "num_items_in_batch": items}
+            loss = loss + self.llm(**inputs, **options).loss
+        return {"loss": loss}
 
-    def generate(self, end_id: int, beam: dict, encoder_lengths, mel, before, after) -> Tensor:
+    def generate(self, beam: dict, encoder_lengths, mel, labels, transcripts=None) -> Tensor:
         """New token ids (B, T), filled up with `end_id`; `beam` is options of generate()."""
-        inputs = self.splice(*self.project(encoder_lengths, mel), before, after)
-        ends = {"eos_token_id": [end_id, *self.stop_ids], "pad_token_id": end_id}
-        return self.llm.generate(**inputs, **ends, **beam)
+        inputs = self.splice(*self.project(encoder_lengths, mel), labels[:, :0])
+        return self.llm.generate(**inputs, **beam)
 
     def save_projector(self, path: Path) -> None:
         """Write the projector's weights, with the settings as metadata, as safetensors."""
         part = Path(f"{path}.part")  # written by Python, and so with the user's umask
+        part.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(save(self.projector.state_dict(prefix="projector."), self.settings))
         part.replace(path)
 
     def load_projector(self, path: Path) -> None:
         """Read the projector's weights; InputError where they are not for these models."""
         read_settings(path, self.settings)
-        try:
-            nn.ModuleDict({"projector": self.projector}).load_state_dict(load_file(path))
-        except RuntimeError as error:
-            raise InputError(f"{path} does not fit these models: {error}") from error
+        nn.ModuleDict({"projector": self.projector}).load_state_dict(load_file(path))
 
 
 def read_settings(path: Path, wanted: dict[str, str]) -> dict[str, str]:
@@ -190,13 +199,12 @@ def read_settings(path: Path, wanted: dict[str, str]) -> dict[str, str]:
     for key in wanted.keys() & settings.keys():
         part = (lambda x: Path(x).name.removesuffix(".pt")) if key.endswith("path") else str
         if part(wanted[key]) != part(settings[key]):
-            got = f"--{key} is {wanted[key]!r}, but {path} was trained with"
-            raise InputError(f"{got} {settings[key]!r}; leave that option out, or train for it")
+            raise InputError(f"{path} is for --{key} {settings[key]!r}, not {wanted[key]!r}")
     return settings
 
 
 def load(projector_model_path=None, dtype=torch.float32, **given):
-    """A SpeechLLM, on the CPU, and the tokenizer of its LLM.
+    """A SpeechLLM, on the CPU.
 
     `given` are llm_model_name_or_path (for transformers' Auto classes), whisper_model_name_or_path
     (a name of openai-whisper's or a .pt file), stride and prompt. What is None is the projector
@@ -214,11 +222,9 @@ def load(projector_model_path=None, dtype=torch.float32, **given):
         encoder = whisper.load_model(settings["whisper_model_name_or_path"], "cpu").encoder
         tokenizer = AutoTokenizer.from_pretrained(settings["llm_model_name_or_path"])
         llm = AutoModelForCausalLM.from_pretrained(settings["llm_model_name_or_path"], **options)
+        model = SpeechLLM(encoder, llm, tokenizer, settings)
+        if projector_model_path:
+            model.load_projector(projector_model_path)
     except (OSError, RuntimeError, ValueError) as error:
-        got = "what --llm_model_name_or_path or --whisper_model_name_or_path names cannot be loaded"
-        raise InputError(f"{got}: {error}") from error
-    blank = tokenizer.encode(" ", add_special_tokens=False)[-1]
-    model = SpeechLLM(encoder, llm, settings, blank)
-    if projector_model_path:
-        model.load_projector(projector_model_path)
-    return model, tokenizer
+        raise InputError(f"the models cannot be loaded, or not together: {error}") from error
+    return model

@@ -10,8 +10,8 @@ Japanese, of the utterances that have a transcript.
 import json
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import jiwer
 import torch
@@ -21,10 +21,8 @@ from tqdm import tqdm
 from transformers.hf_argparser import HfArg, HfArgumentParser
 from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 
-from data import Collator, read_manifest
+from data import collate, read_manifest
 from model import InputError, load, run
-
-CHINESE_OR_JAPANESE = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")  # no word boundaries
 
 
 @dataclass
@@ -43,13 +41,12 @@ class DecodingArguments:
     max_new_tokens: int = HfArg(default=200, help="Longest hypothesis, in tokens.")
 
 
-def recognize(model, tokenizer, rows: list[dict], batch_size: int, beam: dict) -> Iterator[str]:
+def recognize(model, rows: list[dict], batch_size: int, beam: dict):
     """Yield the hypothesis of each row of a manifest, in order; `beam` is for model.generate."""
-    collator = Collator(tokenizer, model.settings, model.n_mels, answers=False)
+    collator = partial(collate, **model.collation)
     for batch in DataLoader(rows, batch_size, collate_fn=collator, num_workers=2):
-        batch = send_to_device(batch, model.llm.device)
-        ids = model.generate(end_id=collator.end_id, beam=beam, **batch)
-        for text in tokenizer.batch_decode(ids, skip_special_tokens=True):
+        ids = model.generate(beam, **send_to_device(batch, model.llm.device))
+        for text in model.tokenizer.batch_decode(ids, skip_special_tokens=True):
             yield " ".join(text.split())
 
 
@@ -59,16 +56,14 @@ def score(references: list[str], hypotheses: list[str]) -> str:
     openai-whisper normalises both sides, the English way where the references are nearly all ASCII.
     """
     text = "".join(references)
-    cer = len(CHINESE_OR_JAPANESE.findall(text)) > len(text) / 2
+    cer = len(re.findall("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]", text)) > len(text) / 2
     english = sum(character.isascii() for character in text) > 0.99 * len(text)
     normalize = EnglishTextNormalizer() if english else BasicTextNormalizer(split_letters=cer)
     out = jiwer.process_words(*([normalize(x) for x in side] for side in (references, hypotheses)))
     name, unit = ("CER", "characters") if cer else ("WER", "words")
-    total = out.hits + out.substitutions + out.deletions
+    rate = f"{100 * out.wer:.2f} % of {out.hits + out.substitutions + out.deletions} {unit}"
     edits = f"{out.substitutions} substituted, {out.deletions} deleted, {out.insertions} inserted"
-    return (
-        f"{name} {100 * out.wer:.2f} % of {total} {unit} in {len(references)} utterances: {edits}"
-    )
+    return f"{name} {rate} in {len(references)} utterances: {edits}"
 
 
 @torch.inference_mode()
@@ -81,17 +76,17 @@ def main(argv: list[str] | None = None) -> None:
     os.makedirs(os.path.dirname(args.result_path) or ".", exist_ok=True)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    model, tokenizer = load(dtype=dtype, **vars(model_args))
+    model = load(dtype=dtype, **vars(model_args)).to(device).eval()
     beam = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
-    decoded = recognize(model.to(device).eval(), tokenizer, rows, args.batch_size, beam)
-    hypotheses, part, plain = [], f"{args.result_path}.part", args.result_path.endswith(".txt")
+    hypotheses = tqdm(recognize(model, rows, args.batch_size, beam), "recognize", len(rows))
+    part, plain = f"{args.result_path}.part", args.result_path.endswith(".txt")
     with open(part, "w", encoding="utf-8") as file:
-        for text, row in zip(tqdm(decoded, "recognize", len(rows), unit="utt"), rows):
-            hypotheses.append(text)
-            result = {key: row[key] for key in row if key != "_path"} | {"hyp": text}
+        for text, row in zip(hypotheses, rows):
+            row["hyp"] = text
+            result = {key: row[key] for key in row if key != "_path"}
             print(text if plain else json.dumps(result, ensure_ascii=False), file=file, flush=True)
     os.replace(part, args.result_path)
-    scored = [(row["txt"], text) for row, text in zip(rows, hypotheses) if "txt" in row]
+    scored = [(row["txt"], row["hyp"]) for row in rows if "txt" in row]
     if scored:
         print(score(*zip(*scored)))
 

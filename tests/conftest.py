@@ -30,5 +30,5 @@ def projector(paths, tmp_path_factory):
     """A projector file between the tiny Qwen and the tiny Whisper, as it is before training."""
     path = tmp_path_factory.mktemp("projector") / "model.safetensors"
     names = {"llm_model_name_or_path": paths.qwen, "whisper_model_name_or_path": paths.whisper}
-    load(**names)[0].save_projector(path)
+    load(**names).save_projector(path)
     return str(path)

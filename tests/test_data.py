@@ -6,30 +6,9 @@ import soundfile
 import tiny
 import torch
 import whisper
-from tokenizers.processors import TemplateProcessing
 
-from data import Collator, build_prompt, load_audio, log_mel, read_manifest
-from model import DEFAULTS, IGNORE, InputError
-
-THINKING = """\
-{% for m in messages %}<|im_start|>{{ m.role }}
-{% if m.role == 'assistant' %}<think>
-
-</think>
-
-{% endif %}{{ m.content }}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% if enable_thinking is defined and enable_thinking is false %}<think>
-
-</think>
-
-{% endif %}{% endif %}"""
-
-GEMMA = """\
-<|begin_of_text|>{% for m in messages %}\
-{% set role = 'model' if m.role == 'assistant' else m.role %}\
-{{ '<|im_start|>' + role + '\\n' + m.content | trim + '<|im_end|>\\n' }}{% endfor %}\
-{% if add_generation_prompt %}{{ '<|im_start|>model\\n' }}{% endif %}"""
+from data import collate, load_audio, log_mel, read_manifest
+from model import DEFAULTS, IGNORE, InputError, build_prompt
 
 
 def write_manifest(folder, *lines):
@@ -60,7 +39,7 @@ def test_text_may_be_missing_where_it_is_not_needed(tmp_path):
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("hello", "m.jsonl:2: not a JSON object: hello"),
+        ("hello", "m.jsonl:2: not a JSON object in UTF-8: b'hello'"),
         ("[1, 2]", "m.jsonl:2: not a JSON object"),
         ('{"txt": "x"}', 'm.jsonl:2: "wav" must be a string, got None'),
         ('{"wav": "a.wav"}', 'm.jsonl:2: "txt" must be a string, got None'),
@@ -75,7 +54,7 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, message):
 
 
 def test_missing_and_empty_manifests_are_refused(tmp_path):
-    with pytest.raises(InputError, match="no.jsonl: cannot be read"):
+    with pytest.raises(FileNotFoundError, match="no.jsonl"):
         read_manifest([str(tmp_path / "no.jsonl")])
     with pytest.raises(InputError, match="no utterance in it"):
         read_manifest([write_manifest(tmp_path, "")])
@@ -116,63 +95,12 @@ def test_log_mel_is_whispers_own_in_windows_of_30_s(n_mels):
 
 
 @pytest.mark.parametrize(
-    "seconds, window", [(0.1, 2), (1.5, 2), (1.6, 4), (27.5, 28), (27.6, 30), (29.6, 30), (30, 30)]
+    "seconds, window", [(0.1, 0.6), (1.505, 2.02), (29.4, 29.9), (29.6, 30), (30, 30)]
 )
 def test_a_window_holds_the_speech_and_a_little_silence(seconds, window):
     audio = np.random.default_rng(0).normal(size=int(seconds * 16_000)).astype(np.float32)
-    padded = np.pad(audio, (0, window * 16_000 - len(audio)))
+    padded = np.pad(audio, (0, round(window * 16_000) - len(audio)))
     assert torch.equal(log_mel(audio, 80)[0], whisper.log_mel_spectrogram(padded, 80))
-
-
-def decode_prompt(tokenizer, prompt="Say it."):
-    before, after, end_id = build_prompt(tokenizer, prompt)
-    return tokenizer.decode(before), tokenizer.decode(after), tokenizer.decode([end_id])
-
-
-def test_prompt_of_chatml_puts_the_prompt_first_in_the_user_turn():
-    tokenizer = tiny.make_tokenizer(tiny.CHATML, "<|endoftext|>")
-    assert decode_prompt(tokenizer) == (
-        "<|im_start|>system\nYou are helpful.<|im_end|>\n<|im_start|>user\nSay it.\n",
-        "<|im_end|>\n<|im_start|>assistant\n",
-        "<|im_end|>",
-    )
-
-
-def test_prompt_of_llama3_begins_with_bos_and_a_date_that_stays():
-    tokenizer = tiny.make_tokenizer(tiny.LLAMA3, "<|endoftext|>")
-    assert decode_prompt(tokenizer) == (
-        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n26 Jul 2024<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nSay it.\n",
-        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-        "<|eot_id|>",
-    )
-
-
-def test_prompt_of_a_thinking_model_does_not_think():
-    tokenizer = tiny.make_tokenizer(THINKING, "<|endoftext|>")
-    before, after, end = decode_prompt(tokenizer)
-    assert before == "<|im_start|>user\nSay it.\n"
-    assert after.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
-    assert end == "<|im_end|>"
-
-
-def test_prompt_without_a_chat_template_is_plain():
-    tokenizer = tiny.make_tokenizer(None, "<|endoftext|>")
-    assert decode_prompt(tokenizer) == ("Say it.\n", "\n", "<|endoftext|>")
-    bos = "<|begin_of_text|>"
-    tokenizer._tokenizer.post_processor = TemplateProcessing(
-        single=f"{bos} $A", special_tokens=[(bos, tokenizer.convert_tokens_to_ids(bos))]
-    )
-    assert decode_prompt(tokenizer) == (f"{bos}Say it.\n", "\n", "<|endoftext|>")
-
-
-def test_prompt_of_gemma_has_the_roles_and_the_end_of_its_template():
-    tokenizer = tiny.make_tokenizer(GEMMA, "<|endoftext|>")
-    assert decode_prompt(tokenizer) == (
-        "<|begin_of_text|><|im_start|>user\nSay it.\n",
-        "<|im_end|>\n<|im_start|>model\n",
-        "<|im_end|>",
-    )
 
 
 HAND_WRITTEN = {
@@ -213,40 +141,36 @@ def test_ids_masks_and_labels_of_two_examples_written_by_hand(template, tmp_path
         {"_path": tiny.make_sound(tmp_path / "a.wav", 0.3, 300), "txt": "hi"},  # 15 positions
         {"_path": tiny.make_sound(tmp_path / "b.wav", 0.22, 300), "txt": "a"},  # 11 positions
     ]
-    batch = Collator(tokenizer, DEFAULTS, n_mels=80)(rows)
-    assert batch["before"].tolist() == ids(before)
-    texts = [[*ids("hi"), end_id], [*ids("a"), end_id]]
-    assert [x.tolist() for x in batch["after"]] == [ids(after) + text for text in texts]
-    assert batch["labels"].tolist() == [[IGNORE, *texts[0]], [IGNORE, IGNORE, *texts[1]]]
+    prompt = build_prompt(tokenizer, DEFAULTS["prompt"])
+    assert prompt == (ids(before), ids(after), end_id)
+    batch = collate(rows, tokenizer, end_id, n_mels=80, n_prompt=9, stride=5)
+    assert batch["labels"].tolist() == [[*ids("hi"), end_id], [IGNORE, *ids("a"), end_id]]
     assert [x.tolist() for x in batch["transcripts"]] == [ids(" hi"), ids(" a")]
     assert batch["encoder_lengths"].tolist() == [15, 11]
-    assert [mel.shape for mel in batch["mel"]] == [(1, 80, 200)] * 2
+    # and half a second of silence behind
+    assert [mel.shape for mel in batch["mel"]] == [(1, 80, 80), (1, 80, 72)]
 
 
-def test_decoding_has_the_training_prompt_and_neither_answers_nor_labels(paths):
-    tokenizer = tiny.make_tokenizer(tiny.CHATML, "<|im_end|>")
-    rows = read_manifest([paths.manifest])[:1]
-    train = Collator(tokenizer, DEFAULTS, n_mels=80)(rows)
-    decode = Collator(tokenizer, DEFAULTS, n_mels=80, answers=False)(rows)
-    assert set(train) - set(decode) == {"labels", "transcripts"}
-    assert torch.equal(train["before"], decode["before"])
-    n = len(decode["after"][0])
-    assert torch.equal(train["after"][0][:n], decode["after"][0])
-    assert torch.equal(train["after"][0][n:], train["labels"][0, 1:])
+def test_what_has_no_transcript_can_be_collated_for_decoding(paths):
+    [row] = read_manifest([paths.manifest])[:1]
+    options = {"tokenizer": tiny.make_tokenizer(tiny.CHATML, "<|im_end|>"), "end_id": 7}
+    options |= {"n_mels": 80, "n_prompt": 9, "stride": 5}
+    batch, silent = collate([row], **options), collate([{"_path": row["_path"]}], **options)
+    assert torch.equal(batch["mel"][0], silent["mel"][0])
+    assert silent["labels"].tolist() == [[7]]
 
 
 def test_an_utterance_longer_than_model_max_length_is_refused_by_name(paths):
-    tokenizer = tiny.make_tokenizer(tiny.CHATML, "<|im_end|>")
-    rows = read_manifest([paths.manifest])[:1]
-    batch = Collator(tokenizer, DEFAULTS, n_mels=80)(rows)
-    length = len(batch["before"]) + 5 + len(batch["after"][0])
-    Collator(tokenizer, DEFAULTS, n_mels=80, max_length=length)(rows)
-    with pytest.raises(InputError, match=rf"0.wav needs {length} positions .* is {length - 1}"):
-        Collator(tokenizer, DEFAULTS, n_mels=80, max_length=length - 1)(rows)
+    rows = read_manifest([paths.manifest])[:1]  # "go" in 5 audio positions
+    options = {"tokenizer": tiny.make_tokenizer(tiny.CHATML, "<|im_end|>"), "end_id": 7}
+    options |= {"n_mels": 80, "n_prompt": 9, "stride": 5}
+    collate(rows, **options, max_length=17)
+    with pytest.raises(InputError, match="0.wav: --model_max_length 16 is less than 17"):
+        collate(rows, **options, max_length=16)
 
 
 def test_extra_keys_of_a_manifest_may_be_anything(tmp_path):
     line = json.dumps({"wav": "a.wav", "txt": "x", "labels": [1], "mel": None})
     rows = read_manifest([write_manifest(tmp_path, line)])
     tokenizer = tiny.make_tokenizer(tiny.CHATML, "<|im_end|>")
-    assert Collator(tokenizer, DEFAULTS, n_mels=80)(rows)["labels"].shape[0] == 1
+    assert collate(rows, tokenizer, 7, n_mels=80, n_prompt=9, stride=5)["labels"].shape[0] == 1
