@@ -21,7 +21,7 @@ train() {
     .venv/bin/python train.py --data_path demo/speech/train.jsonl \
         --llm_model_name_or_path demo/models/SmolLM2-135M-Instruct \
         --whisper_model_name_or_path demo/models/tiny.en.pt \
-        --bf16 True --per_device_train_batch_size 4 --dataloader_num_workers 1 \
+        --bf16 True --per_device_train_batch_size 8 --dataloader_num_workers 1 \
         --lr_scheduler_type cosine --warmup_ratio 0.05 --logging_steps 25 --report_to none "$@"
 }
 
@@ -44,8 +44,9 @@ recognize $untrained
 if [ ! -e $trained/model.safetensors ]; then
     echo "== $trained: training; when it is stopped, the same command goes on"
     SECONDS=0
-    train --output_dir $trained --max_steps 450 --learning_rate 1e-3 --save_steps 50 \
-        --save_total_limit 2
+    train --output_dir $trained --max_steps 900 --learning_rate 1e-3 --ctc_first 0.67 \
+        --eval_data_path demo/speech/dev.jsonl --eval_strategy steps --eval_steps 150 \
+        --save_steps 150 --save_total_limit 2
     echo $SECONDS > $trained/seconds.txt
 fi
 recognize $trained
@@ -56,6 +57,12 @@ import json
 for line in open("$trained/test.jsonl").readlines()[:8]:
     result = json.loads(line)
     print(f"{result['txt']:45} | {result['hyp']}")
+print("== utterances seen | loss | with another utterance's audio | listening gap, nats a token")
+own = swapped = 0
+for log in json.load(open("$trained/trainer_state.json"))["log_history"]:
+    own, swapped = log.get("eval_loss", own), log.get("eval_swapped_loss", swapped)
+    if "eval_listening_gap" in log:
+        print(f"{8 * log['step']:18} | {own:4.2f} | {swapped:30.2f} | {swapped - own:.2f}")
 END
 echo "== before training: $(cat $untrained/score.txt)"
 echo "== after $(cat $trained/seconds.txt 2> /dev/null || echo '?') s of training: $(cat $trained/score.txt)"

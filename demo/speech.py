@@ -2,8 +2,8 @@
 
     python demo/speech.py demo/speech
 
-writes demo/speech/{train,test}.jsonl with their audio. Sentences are drawn with a fixed seed, and
-no test sentence is in the training set. What is there already is kept.
+writes demo/speech/{train,dev,test}.jsonl with their audio. Sentences are drawn with a fixed seed,
+and no sentence is in two sets. What is there already is kept.
 """
 
 import json
@@ -17,7 +17,7 @@ import soundfile
 from hibari import SAMPLE_RATE, Hibari
 from tqdm import tqdm
 
-SIZES = {"train": 800, "test": 100}  # utterances
+SIZES = {"train": 2000, "dev": 40, "test": 100}  # utterances
 SEED = 0
 SPEEDS = (0.9, 1.0, 1.1, 1.2)
 GRAMMAR = {

@@ -406,7 +406,7 @@ def test_a_model_that_moved_is_taken_from_its_new_place(paths, tmp_path):
         ),
         ("whisper_model_name_or_path", "base", "path '.*tiny.pt', not 'base'"),
         ("stride", 4, "--stride '5', not '4'"),
-        ("prompt", "or/Transcribe the speech.", "not 'or/Transcribe the speech.'"),
+        ("prompt", "or/Say it.", "not 'or/Say it.'"),
     ],
 )
 def test_a_projector_of_other_settings_is_refused(paths, tmp_path, setting, value, message):
