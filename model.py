@@ -18,7 +18,7 @@ from torch import Tensor, func, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-PROMPT = "Repeat the following text:"  # stands before the audio
+PROMPT = "Repeat the following sentence word for word:"  # stands before the audio
 # metadata of a projector file: its format, to be raised when older code must not read newer files,
 # the encoder positions that the projector joins, and the width of its hidden layer
 DEFAULTS = {"format": "2", "stride": "5", "hidden_dim": "2048", "prompt": PROMPT}

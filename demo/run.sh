@@ -58,11 +58,13 @@ for line in open("$trained/test.jsonl").readlines()[:8]:
     result = json.loads(line)
     print(f"{result['txt']:45} | {result['hyp']}")
 print("== utterances seen | loss | with another utterance's audio | listening gap, nats a token")
-own = swapped = 0
+own, swapped, gaps = 0, 0, {}
 for log in json.load(open("$trained/trainer_state.json"))["log_history"]:
     own, swapped = log.get("eval_loss", own), log.get("eval_swapped_loss", swapped)
     if "eval_listening_gap" in log:
-        print(f"{8 * log['step']:18} | {own:4.2f} | {swapped:30.2f} | {swapped - own:.2f}")
+        gaps[8 * log["step"]] = f"{own:4.2f} | {swapped:30.2f} | {swapped - own:.2f}"
+for utterances, losses in gaps.items():
+    print(f"{utterances:18} | {losses}")
 END
 echo "== before training: $(cat $untrained/score.txt)"
 echo "== after $(cat $trained/seconds.txt 2> /dev/null || echo '?') s of training: $(cat $trained/score.txt)"

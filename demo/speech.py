@@ -17,7 +17,7 @@ import soundfile
 from hibari import SAMPLE_RATE, Hibari
 from tqdm import tqdm
 
-SIZES = {"train": 2000, "dev": 40, "test": 100}  # utterances
+SIZES = {"train": 1000, "dev": 40, "test": 100}  # utterances; the grammar has 1,432 sentences
 SEED = 0
 SPEEDS = (0.9, 1.0, 1.1, 1.2)
 GRAMMAR = {

@@ -109,14 +109,15 @@ HAND_WRITTEN = {
         tiny.CHATML,
         "<|im_end|>",
         "<|im_start|>system\nYou are helpful.<|im_end|>\n"
-        "<|im_start|>user\nRepeat the following text:\n",
+        "<|im_start|>user\nRepeat the following sentence word for word:\n",
         "<|im_end|>\n<|im_start|>assistant\n",
     ),
     "llama3": (
         tiny.LLAMA3,
         "<|eot_id|>",
         "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n26 Jul 2024<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nRepeat the following text:\n",
+        "<|start_header_id|>user<|end_header_id|>\n\n"
+        "Repeat the following sentence word for word:\n",
         "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
     ),
 }
