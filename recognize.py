@@ -56,6 +56,7 @@ def score(references: list[str], hypotheses: list[str]) -> str:
     openai-whisper normalises both sides, the English way where the references are nearly all ASCII.
     """
     text = "".join(references)
+    # kana and Chinese characters, which are written without word boundaries
     cer = len(re.findall("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]", text)) > len(text) / 2
     english = sum(character.isascii() for character in text) > 0.99 * len(text)
     normalize = EnglishTextNormalizer() if english else BasicTextNormalizer(split_letters=cer)
