@@ -18,13 +18,15 @@ from torch import Tensor, func, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-PROMPT = "Repeat the following sentence word for word:"  # stands before the audio
+# what to do with the audio behind it, and, a line each, examples: text that was repeated before
+PROMPT = "Repeat word for word:\nthe birds sing\nhow are you"
 # metadata of a projector file: its format, to be raised when older code must not read newer files,
 # the encoder positions that the projector joins, and the width of its hidden layer
-DEFAULTS = {"format": "2", "stride": "5", "hidden_dim": "2048", "prompt": PROMPT}
+DEFAULTS = {"format": "3", "stride": "5", "hidden_dim": "2048", "prompt": PROMPT}
 CTC_PIECES = 8192  # word pieces that the CTC loss always tells apart: the first are the most common
 CTC_SHARPNESS = 14.0  # logit of a position that equals a typical embedding; no certainty far off it
 BLANK_COSINE = 0.7  # audio nearer than this to the blank's embedding is not shown to the LLM
+NO_TEMPLATE = "{{ bos_token }}{% for turn in messages %}{{ turn.content }}\n{% endfor %}"
 PLACEHOLDER = "<|speech-goes-here|>"  # is rendered by the chat template, never tokenised
 IGNORE = -100  # the label of a position without loss, as in transformers and torch
 
@@ -49,20 +51,22 @@ def encode(tokenizer, text: str) -> list[int]:
 def build_prompt(tokenizer, prompt: str) -> tuple[list[int], list[int], int]:
     """Token ids before the audio and after it, and the token that ends the answer.
 
-    `prompt`, then the audio, are the user's turn in the tokenizer's chat template. A tokenizer
-    without one gets its own start of text, prompt, newline, audio, newline, and answers end in EOS.
+    The first line of `prompt`, then the audio, are the user's turn in the tokenizer's chat
+    template. Each further line was given in the audio's place, and repeated, in the turns before.
+    A tokenizer without a template gets its start of text, all this a line each, and EOS behind.
     """
     # Qwen3 must not think aloud, and Llama 3's system turn must not change from day to day
     fixed = {"tokenize": False, "enable_thinking": False, "date_string": "26 Jul 2024"}
+    fixed["chat_template"] = None if tokenizer.chat_template else NO_TEMPLATE
     render = partial(tokenizer.apply_chat_template, **fixed)
-    if not tokenizer.chat_template:
-        return tokenizer.encode(f"{prompt}\n"), encode(tokenizer, "\n"), tokenizer.eos_token_id
-    user = {"role": "user", "content": f"{prompt}\n{PLACEHOLDER}"}
-    before, after = render([user], add_generation_prompt=True).split(PLACEHOLDER)
-    dialogue = render([user, {"role": "assistant", "content": PLACEHOLDER}])
-    tail = dialogue.rsplit(PLACEHOLDER, 1)[1].strip()
-    end_id = encode(tokenizer, tail)[0] if tail else tokenizer.eos_token_id
-    return encode(tokenizer, before), encode(tokenizer, after), end_id
+    task, *examples = prompt.splitlines()
+    # the user's and the assistant's in turn; the user's have a space in front, as CTC's targets
+    texts = [text for example in examples for text in (f"{task}\n {example}", example)]
+    texts += [f"{task}\n{PLACEHOLDER}", PLACEHOLDER]
+    turns = [{"role": ("user", "assistant")[i % 2], "content": x} for i, x in enumerate(texts)]
+    before, after = render(turns[:-1], add_generation_prompt=True).split(PLACEHOLDER)
+    ends = encode(tokenizer, render(turns).rsplit(PLACEHOLDER, 1)[1].strip())
+    return encode(tokenizer, before), encode(tokenizer, after), [*ends, tokenizer.eos_token_id][0]
 
 
 class Projector(nn.Module):
@@ -116,8 +120,7 @@ class SpeechLLM(nn.Module):
             positions = self.encoder.positional_embedding[: windows.shape[-1] // 2]
             inputs = {"positional_embedding": positions}, windows.to(self.llm.dtype)
             encoded.append(func.functional_call(self.encoder, *inputs).flatten(0, 1)[:length])
-        encoded = pad_sequence(encoded, batch_first=True)  # (B, E, C)
-        audio = self.rms * self.projector(encoded.to(self.projector.conv.weight.dtype))
+        audio = self.rms * self.projector(pad_sequence(encoded, True).to(self.projector.conv.bias))
         return audio, -(-encoder_lengths // self.projector.conv.stride[0])
 
     def ctc_loss(self, audio: Tensor, lengths: Tensor, transcripts: list[Tensor]) -> Tensor:
@@ -169,7 +172,8 @@ class SpeechLLM(nn.Module):
     def generate(self, beam: dict, encoder_lengths, mel, labels, transcripts=None) -> Tensor:
         """New token ids (B, T), filled up with `end_id`; `beam` is options of generate()."""
         inputs = self.splice(*self.project(encoder_lengths, mel), labels[:, :0])
-        return self.llm.generate(**inputs, **beam)
+        # hypotheses compete by their probability; the usual mean of a token's rewards loops
+        return self.llm.generate(**inputs, **beam, length_penalty=0.0)
 
     def save_projector(self, path: Path) -> None:
         """Write the projector's weights, with the settings as metadata, as safetensors."""

@@ -108,16 +108,14 @@ HAND_WRITTEN = {
     "chatml": (
         tiny.CHATML,
         "<|im_end|>",
-        "<|im_start|>system\nYou are helpful.<|im_end|>\n"
-        "<|im_start|>user\nRepeat the following sentence word for word:\n",
+        "<|im_start|>system\nYou are helpful.<|im_end|>\n<|im_start|>user\nRepeat word for word:\n",
         "<|im_end|>\n<|im_start|>assistant\n",
     ),
     "llama3": (
         tiny.LLAMA3,
         "<|eot_id|>",
         "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n26 Jul 2024<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\n"
-        "Repeat the following sentence word for word:\n",
+        "<|start_header_id|>user<|end_header_id|>\n\nRepeat word for word:\n",
         "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
     ),
 }
@@ -142,7 +140,7 @@ def test_ids_masks_and_labels_of_two_examples_written_by_hand(template, tmp_path
         {"_path": tiny.make_sound(tmp_path / "a.wav", 0.3, 300), "txt": "hi"},  # 15 positions
         {"_path": tiny.make_sound(tmp_path / "b.wav", 0.22, 300), "txt": "a"},  # 11 positions
     ]
-    prompt = build_prompt(tokenizer, DEFAULTS["prompt"])
+    prompt = build_prompt(tokenizer, DEFAULTS["prompt"].splitlines()[0])
     assert prompt == (ids(before), ids(after), end_id)
     batch = collate(rows, tokenizer, end_id, n_mels=80, n_prompt=9, stride=5)
     assert batch["labels"].tolist() == [[*ids("hi"), end_id], [IGNORE, *ids("a"), end_id]]

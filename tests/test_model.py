@@ -5,7 +5,6 @@ import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers.processors import TemplateProcessing
 
 from data import collate, read_manifest
 from model import IGNORE, InputError, Projector, build_prompt, load
@@ -121,11 +120,24 @@ def test_prompt_of_a_thinking_model_does_not_think():
 def test_prompt_without_a_chat_template_is_plain():
     tokenizer = tiny.make_tokenizer(None, "<|endoftext|>")
     assert decode_prompt(tokenizer) == ("Say it.\n", "\n", "<|endoftext|>")
-    bos = "<|begin_of_text|>"
-    tokenizer._tokenizer.post_processor = TemplateProcessing(
-        single=f"{bos} $A", special_tokens=[(bos, tokenizer.convert_tokens_to_ids(bos))]
+    tokenizer.bos_token = "<|begin_of_text|>"
+    assert decode_prompt(tokenizer, "Say it.\nyes") == (
+        "<|begin_of_text|>Say it.\n yes\nyes\nSay it.\n",
+        "\n",
+        "<|endoftext|>",
     )
-    assert decode_prompt(tokenizer) == (f"{bos}Say it.\n", "\n", "<|endoftext|>")
+
+
+def test_examples_are_turns_of_their_own_before_the_audio():
+    tokenizer = tiny.make_tokenizer(tiny.CHATML, "<|endoftext|>")
+    assert decode_prompt(tokenizer, "Say it.\nyes\noh no") == (
+        "<|im_start|>system\nYou are helpful.<|im_end|>\n"
+        "<|im_start|>user\nSay it.\n yes<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
+        "<|im_start|>user\nSay it.\n oh no<|im_end|>\n<|im_start|>assistant\noh no<|im_end|>\n"
+        "<|im_start|>user\nSay it.\n",
+        "<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_end|>",
+    )
 
 
 def test_prompt_of_gemma_has_the_roles_and_the_end_of_its_template():

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import recognize
 import train
-from model import InputError
+from model import DEFAULTS, InputError
 
 ROOT = Path(__file__).parents[1]
 RECIPE = """\
@@ -115,6 +115,7 @@ def test_eight_utterances_are_learnt_word_for_word_and_the_rest_stays_frozen(
         models.append((model, {k: v.clone() for k, v in model.state_dict().items()}))
 
     on_load(monkeypatch, keep)
+    monkeypatch.setitem(DEFAULTS, "prompt", "Repeat:")  # a letter is a token here
     steps = ["--max_steps", "400", "--per_device_train_batch_size", "8", "--save_strategy", "no"]
     steps += ["--ctc_first", "0.25", "--lr_scheduler_type", "cosine", "--learning_rate", "2e-3"]
     steps += ["--eval_data_path", paths.manifest]
