@@ -164,9 +164,10 @@ class SpeechLLM(nn.Module):
             loss = ctc_weight * losses.sum() / items
         if not ctc_alone:
             labels = F.pad(labels, (1, 0), value=IGNORE)  # predicted from the position before
-            inputs = {**self.splice(audio, lengths, labels), "labels": labels, "use_cache": False}
-            options = {"logits_to_keep": labels.shape[1], "num_items_in_batch": items}
-            loss = loss + self.llm(**inputs, **options).loss
+            # indices, as a slice is not contiguous: for it a CPU would copy the classifier B times
+            options = {"logits_to_keep": torch.arange(-labels.shape[1], 0, device=labels.device)}
+            options |= {"labels": labels, "num_items_in_batch": items, "use_cache": False}
+            loss = loss + self.llm(**self.splice(audio, lengths, labels), **options).loss
         return {"loss": loss}
 
     def generate(self, beam: dict, encoder_lengths, mel, labels, transcripts=None) -> Tensor:
