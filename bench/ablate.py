@@ -1,24 +1,38 @@
-"""Train with a constant of model.py changed, to measure what it is worth.
+"""Train with constants of model.py changed, and draw up the learning curve: what is each worth?
 
-    python bench/ablate.py BLANK_COSINE=2 -- --output_dir exp/kept --max_steps 400 ...
+    python bench/ablate.py ENCODED.pt BLANK_COSINE=2 ... -- --output_dir exp/kept \
+        --eval_data_path dev.jsonl --eval_strategy steps --eval_steps 100 --save_steps 100 ...
 
-Before `--` stand constants of model.py with their new values, `prompt=...` for the default prompt,
-or `blank=...` for the text whose token is the blank; behind it the arguments of train.py.
+ENCODED.pt keeps the encoder's outputs, which runs on the same audio share: each window is computed
+once. Then come constants of model.py with new values, `prompt=...` for the default prompt (its
+lines apart by \\n), or `blank=...` for the text whose token is the blank; behind `--` the arguments
+of train.py. In the end each checkpoint decodes the evaluation's manifests, greedily and with a beam
+of 4, and OUTPUT_DIR/curve.md has a row for each.
 """
 
+import hashlib
+import json
 import sys
 from pathlib import Path
+
+import torch
+from transformers.hf_argparser import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import model
+import recognize
 import train
+from data import read_manifest
+
+HEAD = "utterances | loss | listening gap | greedy | beam 4\n---|---|---|---|---\n"
+MAX_NEW_TOKENS = 40
 
 
 def change(name: str, value: str) -> None:
-    """Give a constant of model.py, the prompt or the blank another value."""
+    """Give a number of model.py, the prompt or the blank another value."""
     if name == "prompt":
-        model.DEFAULTS["prompt"] = value
+        model.DEFAULTS["prompt"] = value.replace("\\n", "\n")
     elif name == "blank":
         load = train.load
 
@@ -34,10 +48,72 @@ def change(name: str, value: str) -> None:
         sys.exit(f"{sys.argv[0]}: model.py has no number {name}; there are BLANK_COSINE, CTC_...")
 
 
-if __name__ == "__main__":
-    if "--" not in sys.argv:
-        sys.exit("usage: python bench/ablate.py [NAME=VALUE ...] -- ARGUMENTS OF train.py")
+def encode_once(known: dict[str, torch.Tensor]) -> None:
+    """Let no encoder compute what is known; what it computes is added."""
+    load = train.load
+
+    def load_and_remember(**options):
+        speech_llm = load(**options)
+        compute, name = (
+            speech_llm.encoder.forward,
+            speech_llm.settings["whisper_model_name_or_path"],
+        )
+
+        def forward(mel):
+            key = f"{name} {hashlib.sha256(mel.float().cpu().numpy().tobytes()).hexdigest()}"
+            if key not in known:
+                known[key] = compute(mel).detach().clone()
+            return known[key]
+
+        speech_llm.encoder.forward = forward
+        return speech_llm
+
+    train.load = load_and_remember
+
+
+@torch.no_grad()
+def curve(args: train.TrainingArguments) -> str:
+    """A table with a row for each checkpoint."""
+    logs: dict[int, dict] = {}  # of each evaluation, by its step
+    for log in json.loads(Path(args.output_dir, "trainer_state.json").read_text())["log_history"]:
+        if any(key.startswith("eval_") for key in log):
+            logs.setdefault(log["step"], {}).update(log)
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    rows, table = read_manifest(args.eval_data_path), HEAD
+    for step, log in logs.items():
+        cells = [step * args.train_batch_size * args.gradient_accumulation_steps]
+        cells += [f"{log['eval_loss']:.2f}", f"{log['eval_listening_gap']:.2f}"]
+        path = Path(args.output_dir, f"checkpoint-{step}", "model.safetensors")
+        speech_llm = train.load(projector_model_path=path, dtype=dtype).eval()
+        for num_beams in (1, 4):
+            beam = {"num_beams": num_beams, "max_new_tokens": MAX_NEW_TOKENS}
+            hypotheses = list(recognize.recognize(speech_llm, rows, 10, beam))
+            cells.append(recognize.score([row["txt"] for row in rows], hypotheses).split(" of ")[0])
+        table += " | ".join(map(str, cells)) + "\n"
+    return table
+
+
+def main() -> None:
     split = sys.argv.index("--")
-    for setting in sys.argv[1:split]:
+    encoded, *settings = sys.argv[1:split]
+    known = torch.load(encoded) if Path(encoded).exists() else {}
+    size = len(known)
+    for setting in settings:
         change(*setting.split("=", 1))
-    model.run(lambda: train.main(sys.argv[split + 1 :]))
+    encode_once(known)
+    train.main(sys.argv[split + 1 :])
+    parser = HfArgumentParser((train.ModelArguments, train.TrainingArguments))
+    _, args = parser.parse_args_into_dataclasses(sys.argv[split + 1 :])
+    table = curve(args)
+    Path(args.output_dir, "curve.md").write_text(table)
+    print(table)
+    if len(known) > size:
+        torch.save(known, encoded)
+
+
+if __name__ == "__main__":
+    if "--" not in sys.argv[2:]:
+        sys.exit(
+            "usage: python bench/ablate.py ENCODED.pt [NAME=VALUE ...] -- ARGUMENTS OF train.py"
+        )
+    model.run(main)

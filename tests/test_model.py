@@ -380,6 +380,27 @@ def test_decoding_ends_at_the_end_of_turn_and_at_the_models_own_stops(paths):
     assert short == free[: free.index(free[3]) + 1]
 
 
+def test_beams_compete_by_probability_and_not_by_its_mean_a_token(paths):
+    model = load_tiny(paths)
+    stops = list(range(0, model.llm.config.vocab_size, 9))
+    model.llm.generation_config.eos_token_id = stops
+    beam = {"num_beams": 3, "max_new_tokens": 12}
+
+    def log_prob(batch, ids):  # of a hypothesis, up to its end
+        ends = [i for i, token in enumerate(ids) if token in stops]
+        labels = torch.tensor([ids[: ends[0] + 1] if ends else ids])
+        return -model(labels, 1, **speech_of(batch))["loss"].item()
+
+    gains = []
+    for row in read_manifest([paths.manifest]):
+        batch = make_batch(model, [row])
+        inputs = model.splice(*model.project(**speech_of(batch)), batch["labels"][:, :0])
+        mean = model.llm.generate(**inputs, **beam, length_penalty=1.0)[0].tolist()
+        gains.append(log_prob(batch, model.generate(beam, **batch)[0].tolist()))
+        gains[-1] -= log_prob(batch, mean)
+    assert min(gains) > -1e-3 and max(gains) > 0.1
+
+
 def test_a_projector_file_holds_the_projector_and_brings_all_settings_back(paths, tmp_path):
     model = load_tiny(paths, stride=4, prompt="Repeat it.")
     path = str(tmp_path / "model.safetensors")

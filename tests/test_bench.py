@@ -1,0 +1,36 @@
+"""The measurements in bench/, on tiny models."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+def bench(name, *arguments):
+    command = [sys.executable, str(BENCH / name), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_ablation_writes_a_learning_curve_and_encodes_each_window_once(paths, tmp_path):
+    arguments = ["--llm_model_name_or_path", paths.qwen, "--output_dir", tmp_path / "out"]
+    arguments += ["--whisper_model_name_or_path", paths.whisper, "--data_path", paths.manifest]
+    arguments += ["--eval_data_path", paths.manifest, "--eval_strategy", "steps"]
+    arguments += ["--eval_steps", "1", "--save_steps", "1", "--max_steps", "2"]
+    encoded = tmp_path / "encoded.pt"
+    bench("ablate.py", encoded, "blank=,", "BLANK_COSINE=2", "--", *arguments)
+    head, _, *rows = (tmp_path / "out" / "curve.md").read_text().splitlines()
+    assert head.startswith("utterances | loss | listening gap")
+    assert [row.split(" | ")[0] for row in rows] == ["8", "16"]
+    assert all(row.count("WER") == 2 for row in rows)
+    assert len(torch.load(encoded)) == 8
+
+
+def test_repeating_is_scored_for_each_prompt(paths):
+    lines = bench("repeat.py", paths.qwen, paths.manifest, "Say it.", r"Say it.\nyes").splitlines()
+    assert [line.split(" | ")[1] for line in lines] == ["Say it.", r"Say it.\nyes"]
+    assert all("WER" in line for line in lines)
