@@ -79,15 +79,14 @@ def collate(rows, tokenizer, end_id, n_mels, n_prompt, stride, max_length=math.i
     InputError where prompt, audio and answer of a row need more than `max_length` positions.
     """
     audios = [load_audio(row["_path"]) for row in rows]
-    lengths = [math.ceil(len(audio) / SAMPLES_PER_POSITION) for audio in audios]
+    lengths = torch.tensor([math.ceil(len(audio) / SAMPLES_PER_POSITION) for audio in audios])
     answers = [[*encode(tokenizer, row.get("txt", "")), end_id] for row in rows]
     for row, length, answer in zip(rows, lengths, answers):
         if (size := n_prompt + math.ceil(length / stride) + len(answer)) > max_length:
             raise InputError(f"{row['_path']}: --model_max_length {max_length} is less than {size}")
-    return {
-        "encoder_lengths": torch.tensor(lengths),  # first, as the Trainer takes B from it
-        "mel": [log_mel(audio, n_mels) for audio in audios],
-        "labels": pad_sequence([torch.tensor(x) for x in answers], True, IGNORE, "left"),
-        # a space in front, so that a word has the same pieces wherever it stands
-        "transcripts": [torch.tensor(encode(tokenizer, f" {row.get('txt', '')}")) for row in rows],
-    }
+    # the lengths first, as the Trainer takes B from them
+    batch = {"encoder_lengths": lengths, "mel": [log_mel(audio, n_mels) for audio in audios]}
+    batch["labels"] = pad_sequence([torch.tensor(x) for x in answers], True, IGNORE, "left")
+    # a space in front, so that a word has the same pieces wherever it stands
+    texts = [encode(tokenizer, f" {row.get('txt', '')}") for row in rows]
+    return batch | {"transcripts": [torch.tensor(x) for x in texts]}

@@ -6,7 +6,7 @@ width, T tokens.
 """
 
 import sys
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -16,13 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, func, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
 # what to do with the audio behind it, and, a line each, examples: text that was repeated before
-PROMPT = "Repeat word for word:\nthe birds sing\nhow are you"
+PROMPT = "Repeat word for word:\nshe went to the old house by the sea\nseven three nine\ngood night"
 # metadata of a projector file: its format, to be raised when older code must not read newer files,
 # the encoder positions that the projector joins, and the width of its hidden layer
 DEFAULTS = {"format": "3", "stride": "5", "hidden_dim": "2048", "prompt": PROMPT}
+SETTINGS = {"llm_model_name_or_path", "whisper_model_name_or_path", "stride", "prompt"}
 CTC_PIECES = 8192  # word pieces that the CTC loss always tells apart: the first are the most common
 CTC_SHARPNESS = 14.0  # logit of a position that equals a typical embedding; no certainty far off it
 BLANK_COSINE = 0.7  # audio nearer than this to the blank's embedding is not shown to the LLM
@@ -59,12 +60,11 @@ def build_prompt(tokenizer, prompt: str) -> tuple[list[int], list[int], int]:
     fixed = {"tokenize": False, "enable_thinking": False, "date_string": "26 Jul 2024"}
     fixed["chat_template"] = None if tokenizer.chat_template else NO_TEMPLATE
     render = partial(tokenizer.apply_chat_template, **fixed)
-    task, *examples = prompt.splitlines()
+    task, *examples = [*prompt.splitlines(), PLACEHOLDER]
     # the user's and the assistant's in turn; the user's have a space in front, as CTC's targets
     texts = [text for example in examples for text in (f"{task}\n {example}", example)]
-    texts += [f"{task}\n{PLACEHOLDER}", PLACEHOLDER]
     turns = [{"role": ("user", "assistant")[i % 2], "content": x} for i, x in enumerate(texts)]
-    before, after = render(turns[:-1], add_generation_prompt=True).split(PLACEHOLDER)
+    before, after = render(turns[:-1], add_generation_prompt=True).split(f" {PLACEHOLDER}")
     ends = encode(tokenizer, render(turns).rsplit(PLACEHOLDER, 1)[1].strip())
     return encode(tokenizer, before), encode(tokenizer, after), [*ends, tokenizer.eos_token_id][0]
 
@@ -98,19 +98,27 @@ class SpeechLLM(nn.Module):
         self.before, self.after, self.end_id = build_prompt(tokenizer, settings["prompt"])
         self.blank = encode(tokenizer, " ")[-1]  # what audio without speech is to be like
         self.encoder, self.llm = encoder.requires_grad_(False), llm.requires_grad_(False)
-        embeddings = llm.get_input_embeddings().weight  # (vocabulary, D)
-        self.rms = float(embeddings.norm(dtype=torch.float32)) / embeddings.numel() ** 0.5
-        stride, hidden_dim = int(settings["stride"]), int(settings["hidden_dim"])
-        dims = encoder.ln_post.normalized_shape[0], embeddings.shape[1]
-        self.projector = Projector(*dims, hidden_dim, stride)
+        self.rms = float(llm.get_input_embeddings().weight.square().mean(dtype=torch.float)) ** 0.5
+        sizes = [int(settings[key]) for key in ("hidden_dim", "stride")]
+        self.projector = Projector(encoder.conv1.out_channels, llm.config.hidden_size, *sizes)
         self.activation_checkpointing_enable = llm.activation_checkpointing_enable
         stops = torch.tensor(llm.generation_config.eos_token_id or []).flatten().tolist()
         ends = {"eos_token_id": [self.end_id, *stops], "pad_token_id": self.end_id}
         llm.generation_config = GenerationConfig(**ends)  # no sampling, no penalties of a chat
         self.ctc_losses: list[Tensor] = []  # each (B,), until a log is written
         # what data.collate is to know: 80 mel bins, or 128 from large-v3 on
-        sizes = {"n_mels": encoder.conv1.in_channels, "n_prompt": len(self.before + self.after)}
-        self.collation = {"tokenizer": tokenizer, "end_id": self.end_id, "stride": stride, **sizes}
+        n = {"n_mels": encoder.conv1.in_channels, "n_prompt": len(self.before + self.after)}
+        self.collation = {"tokenizer": tokenizer, "end_id": self.end_id, "stride": sizes[1], **n}
+
+    @cached_property
+    def prompt_layers(self) -> list:
+        """Keys and values of the tokens before the audio, which are the same in every batch."""
+        return self.llm(torch.tensor([self.before], device=self.llm.device)).past_key_values.layers
+
+    def prompt_cache(self, rows: int) -> DynamicCache:
+        """A cache of the tokens before the audio: keys and values (rows, heads, T, width)."""
+        kv = [[x.expand(rows, -1, -1, -1) for x in (y.keys, y.values)] for y in self.prompt_layers]
+        return DynamicCache(kv, config=self.llm.config)
 
     def project(self, encoder_lengths: Tensor, mel: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Audio (B, A, D), each position as long as a typical embedding, and true lengths (B,)."""
@@ -139,17 +147,19 @@ class SpeechLLM(nn.Module):
         log_probs = logits.float().log_softmax(-1).transpose(0, 1)  # (A, B, P)
         return F.ctc_loss(log_probs, ids[n + 1 :], lengths, sizes, int(ids[n]), "none", True)
 
-    def splice(self, audio: Tensor, lengths: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The LLM's input, padded on the left: prompt around audio less its blanks, and answer."""
+    def splice(self, audio: Tensor, lengths: Tensor, labels: Tensor, start: int = 0) -> dict:
+        """The LLM's input from `start` on: prompt, padding, audio less its blanks, and answer."""
         tails = [torch.cat([labels.new_tensor(self.after), x[x != IGNORE]]) for x in labels]
         ids = [labels.new_tensor([self.blank]), labels.new_tensor(self.before), *tails]
         text = self.llm.get_input_embeddings()(torch.cat(ids)).split([len(x) for x in ids])
         speech = F.cosine_similarity(audio, text[0], dim=-1) < BLANK_COSINE  # (B, A)
-        rows = []
-        for x, kept, n, tail in zip(audio.to(text[0].dtype), speech, lengths, text[2:]):
-            rows.append(torch.cat([text[1], x[:n][kept[:n]], tail]))
-        inputs = {"inputs_embeds": rows, "attention_mask": [labels.new_ones(len(x)) for x in rows]}
-        return {key: pad_sequence(x, True, padding_side="left") for key, x in inputs.items()}
+        parts = zip(audio.to(text[0].dtype), speech, lengths, text[2:])
+        rows = [torch.cat([x[:n][kept[:n]], tail]) for x, kept, n, tail in parts]
+        mask = pad_sequence([labels.new_ones(len(x)) for x in rows], True, padding_side="left")
+        mask = F.pad(mask, (len(self.before), 0), value=1)  # of the cache as well
+        rows = [text[1].expand(len(rows), -1, -1), pad_sequence(rows, True, padding_side="left")]
+        embeds, positions = torch.cat(rows, dim=1)[:, start:], mask.cumsum(1)[:, start:] - 1
+        return {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
 
     def forward(self, labels, num_items_in_batch=None, ctc_weight=0.0, ctc_alone=False, **speech):
         """The LLM's loss, of the answers alone, and the weighted CTC loss, in nats a label.
@@ -163,18 +173,22 @@ class SpeechLLM(nn.Module):
             self.ctc_losses.append(losses.detach())
             loss = ctc_weight * losses.sum() / items
         if not ctc_alone:
+            # gradient checkpointing allows no cache
+            cached = not self.llm.is_activation_checkpointing
+            inputs = self.splice(audio, lengths, labels, cached * len(self.before))
+            inputs["past_key_values"] = self.prompt_cache(len(labels)) if cached else None
             labels = F.pad(labels, (1, 0), value=IGNORE)  # predicted from the position before
             # indices, as a slice is not contiguous: for it a CPU would copy the classifier B times
-            options = {"logits_to_keep": torch.arange(-labels.shape[1], 0, device=labels.device)}
-            options |= {"labels": labels, "num_items_in_batch": items, "use_cache": False}
-            loss = loss + self.llm(**self.splice(audio, lengths, labels), **options).loss
+            inputs["logits_to_keep"] = torch.arange(-labels.shape[1], 0, device=labels.device)
+            loss = loss + self.llm(**inputs, labels=labels, num_items_in_batch=items).loss
         return {"loss": loss}
 
     def generate(self, beam: dict, encoder_lengths, mel, labels, transcripts=None) -> Tensor:
         """New token ids (B, T), filled up with `end_id`; `beam` is options of generate()."""
         inputs = self.splice(*self.project(encoder_lengths, mel), labels[:, :0])
+        cache = self.prompt_cache(len(labels) * beam.get("num_beams", 1))
         # hypotheses compete by their probability; the usual mean of a token's rewards loops
-        return self.llm.generate(**inputs, **beam, length_penalty=0.0)
+        return self.llm.generate(**inputs, **beam, past_key_values=cache, length_penalty=0.0)
 
     def save_projector(self, path: Path) -> None:
         """Write the projector's weights, with the settings as metadata, as safetensors."""
@@ -211,14 +225,14 @@ def read_settings(path: Path, wanted: dict[str, str]) -> dict[str, str]:
 def load(projector_model_path=None, dtype=torch.float32, **given):
     """A SpeechLLM, on the CPU.
 
-    `given` are llm_model_name_or_path (for transformers' Auto classes), whisper_model_name_or_path
-    (a name of openai-whisper's or a .pt file), stride and prompt. What is None is the projector
-    file's, or else the default.
+    Of a command's arguments, `given`, these count: llm_model_name_or_path (for transformers' Auto
+    classes), whisper_model_name_or_path (a name of openai-whisper's or a .pt file), stride and
+    prompt. What is missing or None is the projector file's, or else the default.
     """
-    given = {key: str(value) for key, value in given.items() if value is not None}
+    given = {key: str(given[key]) for key in SETTINGS if given.get(key) is not None}
     saved = read_settings(projector_model_path, given) if projector_model_path else {}
     settings = {**DEFAULTS, **saved, **given}
-    for key in {"llm_model_name_or_path", "whisper_model_name_or_path"} - settings.keys():
+    for key in SETTINGS - settings.keys():
         raise InputError(f"--{key} is needed where there is no projector file that names it")
     # on a CPU in bfloat16, eager attention trains 1.4 times as fast as torch's own
     eager = dtype == torch.bfloat16 and not torch.accelerator.is_available()

@@ -26,19 +26,15 @@ from model import InputError, load, run
 
 
 @dataclass
-class ModelArguments:
+class Arguments:
     projector_model_path: str = HfArg(help="The model.safetensors that train.py wrote.")
-    llm_model_name_or_path: str | None = HfArg(default=None, help="Where it is now, if it moved.")
-    whisper_model_name_or_path: str | None = HfArg(default=None, help="Where it is now, likewise.")
-
-
-@dataclass
-class DecodingArguments:
     data_path: list[str] = HfArg(help="JSONL manifests; txt may be missing.")
     result_path: str = HfArg(help="One hypothesis a line: text if it ends in .txt, else JSONL.")
     num_beams: int = HfArg(default=3, help="Width of the beam; 1 is greedy.")
     batch_size: int = HfArg(default=8, help="Utterances decoded at once.")
     max_new_tokens: int = HfArg(default=200, help="Longest hypothesis, in tokens.")
+    llm_model_name_or_path: str | None = HfArg(default=None, help="Where it is now, if it moved.")
+    whisper_model_name_or_path: str | None = HfArg(default=None, help="Where it is now, likewise.")
 
 
 def recognize(model, rows: list[dict], batch_size: int, beam: dict):
@@ -69,15 +65,14 @@ def score(references: list[str], hypotheses: list[str]) -> str:
 
 @torch.inference_mode()
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser((ModelArguments, DecodingArguments))
-    model_args, args = parser.parse_args_into_dataclasses(argv)
+    [args] = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("recognition is one process: start it with python, not torchrun")
     rows = read_manifest(args.data_path, need_text=False)
     os.makedirs(os.path.dirname(args.result_path) or ".", exist_ok=True)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    model = load(dtype=dtype, **vars(model_args)).to(device).eval()
+    model = load(dtype=dtype, **vars(args)).to(device).eval()
     beam = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
     hypotheses = tqdm(recognize(model, rows, args.batch_size, beam), "recognize", len(rows))
     part, plain = f"{args.result_path}.part", args.result_path.endswith(".txt")

@@ -19,16 +19,12 @@ from data import collate, read_manifest
 from model import InputError, load, run
 
 
-@dataclass
-class ModelArguments:
+@dataclass(kw_only=True)
+class TrainingArguments(transformers.TrainingArguments):
     llm_model_name_or_path: str | None = HfArg(default=None, help="A Qwen, Llama or other LLM.")
     whisper_model_name_or_path: str | None = HfArg(default=None, help="tiny ... turbo, or a .pt.")
     projector_model_path: str | None = HfArg(default=None, help="A projector to start from.")
     stride: int | None = HfArg(default=None, help="Encoder positions (20 ms) joined: default 5.")
-
-
-@dataclass(kw_only=True)
-class TrainingArguments(transformers.TrainingArguments):
     data_path: list[str] = HfArg(help="JSONL manifests; one named twice counts twice.")
     eval_data_path: list[str] | None = HfArg(default=None, help="JSONL manifests to evaluate on.")
     model_max_length: int = HfArg(default=512, help="Most positions of prompt, audio and text.")
@@ -83,8 +79,7 @@ class ProjectorTrainer(transformers.Trainer):
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser((ModelArguments, TrainingArguments))
-    model_args, args = parser.parse_args_into_dataclasses(argv)
+    [args] = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(argv)
     if args.n_gpu > 1:
         raise InputError(f"{args.n_gpu} GPUs: start it with torchrun --nproc_per_node={args.n_gpu}")
     train_rows = read_manifest(args.data_path)
@@ -92,8 +87,7 @@ def main(argv: list[str] | None = None) -> None:
 
     transformers.set_seed(args.seed)  # for the projector's first weights
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    with args.main_process_first():  # one process downloads
-        model = load(dtype=dtype, **vars(model_args))
+    model = load(dtype=dtype, **vars(args))
     collator = partial(collate, **model.collation, max_length=args.model_max_length)
     trainer = ProjectorTrainer(model, args, collator, train_rows, eval_rows)
     # the newest checkpoint that was written whole: its trainer_state.json comes last

@@ -208,7 +208,9 @@ def test_audio_is_spliced_into_its_place_and_nowhere_else(paths):
         before, after = prompt_and_answer(model, text)
         wanted = torch.cat([before, audio[i, : lengths[i]], after])
         assert torch.equal(out["inputs_embeds"][i][mask.bool()], wanted)
-        assert mask.tolist() == sorted(mask.tolist())  # padded on the left
+        assert mask[: len(before)].all()
+        assert mask[len(before) :].tolist() == sorted(mask[len(before) :].tolist())  # then padding
+        assert out["position_ids"][i][mask.bool()].tolist() == list(range(len(wanted)))
     typical = model.llm.get_input_embeddings().weight.norm() / 263**0.5
     assert torch.allclose(audio.norm(dim=-1), typical, rtol=1e-3)
 
@@ -290,7 +292,7 @@ def test_logits_for_labels_alone_give_the_full_loss_and_gradients(paths, llm, mo
     positions = []
     model.llm.lm_head.register_forward_hook(lambda *x: positions.append(x[2].shape[1]))
     loss = model(**batch)["loss"]
-    assert positions == [1 + len("left") + 1]
+    assert positions == [len(model.before), 1 + len("left") + 1]  # of the prompt, once; of labels
     speech = model.project(**speech_of(batch))
     logits = model.llm(**model.splice(*speech, batch["labels"])).logits
     labels = batch["labels"]

@@ -161,8 +161,9 @@ def test_the_best_checkpoint_is_loaded_at_the_end_where_asked_for(paths, tmp_pat
 
 
 def test_two_processes_learn_what_one_learns_with_accumulation(paths, tmp_path):
-    steps = "--max_steps 2 --learning_rate 1e-2 --save_strategy no --per_device_train_batch_size 2"
-    steps += f" --eval_data_path {paths.manifest} --per_device_eval_batch_size"
+    # not Adam, which makes a step of the rounding where a gradient is nothing else
+    steps = "--max_steps 2 --optim sgd --learning_rate 1e-1 --per_device_train_batch_size 2"
+    steps += f" --save_strategy no --eval_data_path {paths.manifest} --per_device_eval_batch_size"
     accumulation = ["--gradient_accumulation_steps", "2"]
     one = run(paths, tmp_path / "one", *steps.split(), "2", *accumulation)
     shell(
@@ -173,9 +174,9 @@ def test_two_processes_learn_what_one_learns_with_accumulation(paths, tmp_path):
     )
     two = load_file(tmp_path / "two" / "model.safetensors")
     for key in ("loss", "grad_norm", "eval_loss", "eval_listening_gap"):
-        assert log(tmp_path / "one", key)
-        assert log(tmp_path / "two", key) == pytest.approx(log(tmp_path / "one", key), rel=1e-4)
-    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+        single = log(tmp_path / "one", key)  # the gap is a small difference of losses in float32
+        assert log(tmp_path / "two", key) == pytest.approx(single, rel=1e-4, abs=2e-6) and single
+    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
 
 
 def test_the_last_weights_are_saved_between_two_save_steps(paths, tmp_path):
@@ -221,7 +222,10 @@ def test_the_llm_joins_after_the_first_share_of_the_steps(paths, tmp_path, monke
     calls = []
 
     def count(model):
-        model.llm.register_forward_pre_hook(lambda *_: calls.append(1))
+        def hook(llm, args, kwargs):
+            calls.extend([1] * ("labels" in kwargs))  # and not for the prompt
+
+        model.llm.register_forward_pre_hook(hook, with_kwargs=True)
 
     on_load(monkeypatch, count)
     run(paths, tmp_path / "first", *options, "--ctc_first", "0.5")
@@ -240,8 +244,8 @@ def test_the_older_flags_mean_what_they_meant(paths, tmp_path):
 
 
 def test_gradient_checkpointing_recomputes_and_changes_no_weight(paths, tmp_path, monkeypatch):
-    options = ["--max_steps", "2", "--learning_rate", "1e-2", "--save_strategy", "no"]
-    options += ["--ctc_first", "0"]
+    options = ["--max_steps", "2", "--optim", "sgd", "--learning_rate", "1e-1"]
+    options += ["--ctc_first", "0", "--save_strategy", "no"]
     plain = run(paths, tmp_path / "plain", *options)
     counts = []
 
