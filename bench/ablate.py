@@ -5,9 +5,9 @@
 
 ENCODED.pt keeps the encoder's outputs, which runs on the same audio share: each window is computed
 once. Then come constants of model.py with new values, `prompt=...` for the default prompt (its
-lines apart by \\n), or `blank=...` for the text whose token is the blank; behind `--` the arguments
-of train.py. In the end each checkpoint decodes the evaluation's manifests, greedily and with a beam
-of 4, and OUTPUT_DIR/curve.md has a row for each.
+lines apart by \\n), `blank=...` for the text whose token is the blank, or `rms_norm=off` for audio
+of any length; behind `--` the arguments of train.py. In the end each checkpoint decodes the
+evaluation's manifests greedily, and OUTPUT_DIR/curve.md has a row for each.
 """
 
 import hashlib
@@ -25,8 +25,8 @@ import recognize
 import train
 from data import read_manifest
 
-HEAD = "utterances | loss | listening gap | greedy | beam 4\n---|---|---|---|---\n"
-MAX_NEW_TOKENS = 40
+HEAD = "utterances | loss | listening gap | greedy WER\n---|---|---|---\n"
+BEAM = {"num_beams": 1, "max_new_tokens": 40}
 
 
 def change(name: str, value: str) -> None:
@@ -42,6 +42,8 @@ def change(name: str, value: str) -> None:
             return speech_llm
 
         train.load = load_with_blank
+    elif name == "rms_norm":
+        model.F.rms_norm = lambda x, shape: x
     elif isinstance(getattr(model, name, None), int | float):
         setattr(model, name, type(getattr(model, name))(value))
     else:
@@ -85,10 +87,9 @@ def curve(args: train.TrainingArguments) -> str:
         cells += [f"{log['eval_loss']:.2f}", f"{log['eval_listening_gap']:.2f}"]
         path = Path(args.output_dir, f"checkpoint-{step}", "model.safetensors")
         speech_llm = train.load(projector_model_path=path, dtype=dtype).eval()
-        for num_beams in (1, 4):
-            beam = {"num_beams": num_beams, "max_new_tokens": MAX_NEW_TOKENS}
-            hypotheses = list(recognize.recognize(speech_llm, rows, 10, beam))
-            cells.append(recognize.score([row["txt"] for row in rows], hypotheses).split(" of ")[0])
+        hypotheses = list(recognize.recognize(speech_llm, rows, 10, BEAM))
+        score = recognize.score([row["txt"] for row in rows], hypotheses)
+        cells.append(score.removeprefix("WER ").split(" of ")[0])
         table += " | ".join(map(str, cells)) + "\n"
     return table
 
