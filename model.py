@@ -60,7 +60,7 @@ def build_prompt(tokenizer, prompt: str) -> tuple[list[int], list[int], int]:
     fixed = {"tokenize": False, "enable_thinking": False, "date_string": "26 Jul 2024"}
     fixed["chat_template"] = None if tokenizer.chat_template else NO_TEMPLATE
     render = partial(tokenizer.apply_chat_template, **fixed)
-    task, *examples = [*prompt.splitlines(), PLACEHOLDER]
+    task, *examples = [*prompt.split("\n"), PLACEHOLDER]
     # the user's and the assistant's in turn; the user's have a space in front, as CTC's targets
     texts = [text for example in examples for text in (f"{task}\n {example}", example)]
     turns = [{"role": ("user", "assistant")[i % 2], "content": x} for i, x in enumerate(texts)]
@@ -88,8 +88,9 @@ class SpeechLLM(nn.Module):
     """An LLM that reads speech within its prompt; only the projector learns.
 
     A batch is data.collate's: encoder_lengths (B,), the true lengths in encoder positions; mel, a
-    list of each utterance's windows (W, M, F); labels (B, T), the answers, padded on the left;
-    transcripts, a list of each utterance's token ids (T,) for the CTC loss.
+    list of each utterance's windows (W, M, F); labels (B, 1 + T), the answers, padded on the left
+    by one IGNORE at least, as a label is predicted from the position before; transcripts, a list of
+    each utterance's token ids (T,) for the CTC loss.
     """
 
     def __init__(self, encoder: nn.Module, llm: nn.Module, tokenizer, settings: dict[str, str]):
@@ -98,25 +99,32 @@ class SpeechLLM(nn.Module):
         self.before, self.after, self.end_id = build_prompt(tokenizer, settings["prompt"])
         self.blank = encode(tokenizer, " ")[-1]  # what audio without speech is to be like
         self.encoder, self.llm = encoder.requires_grad_(False), llm.requires_grad_(False)
-        self.rms = float(llm.get_input_embeddings().weight.square().mean(dtype=torch.float)) ** 0.5
-        sizes = [int(settings[key]) for key in ("hidden_dim", "stride")]
-        self.projector = Projector(encoder.conv1.out_channels, llm.config.hidden_size, *sizes)
+        # as the LLM reads them, which in Gemma is not as they are stored
+        embeddings = llm.get_input_embeddings()(torch.arange(llm.config.vocab_size))
+        self.rms = float(embeddings.square().mean(dtype=torch.float32)) ** 0.5
+        hidden, stride = int(settings["hidden_dim"]), int(settings["stride"])
+        self.projector = Projector(encoder.conv1.out_channels, embeddings.shape[1], hidden, stride)
         self.activation_checkpointing_enable = llm.activation_checkpointing_enable
         stops = torch.tensor(llm.generation_config.eos_token_id or []).flatten().tolist()
         ends = {"eos_token_id": [self.end_id, *stops], "pad_token_id": self.end_id}
         llm.generation_config = GenerationConfig(**ends)  # no sampling, no penalties of a chat
         self.ctc_losses: list[Tensor] = []  # each (B,), until a log is written
         # what data.collate is to know: 80 mel bins, or 128 from large-v3 on
-        n = {"n_mels": encoder.conv1.in_channels, "n_prompt": len(self.before + self.after)}
-        self.collation = {"tokenizer": tokenizer, "end_id": self.end_id, "stride": sizes[1], **n}
+        self.collation = {"tokenizer": tokenizer, "end_id": self.end_id, "stride": stride}
+        self.collation["n_mels"] = encoder.conv1.in_channels
 
     @cached_property
     def prompt_layers(self) -> list:
         """Keys and values of the tokens before the audio, which are the same in every batch."""
         return self.llm(torch.tensor([self.before], device=self.llm.device)).past_key_values.layers
 
-    def prompt_cache(self, rows: int) -> DynamicCache:
-        """A cache of the tokens before the audio: keys and values (rows, heads, T, width)."""
+    def prompt_cache(self, rows: int) -> DynamicCache | None:
+        """A cache of the tokens before the audio: keys and values (rows, heads, T, width).
+
+        None under gradient checkpointing, and for an LLM whose state is more than keys and values.
+        """
+        if self.llm.is_activation_checkpointing or self.llm._is_stateful:
+            return None
         kv = [[x.expand(rows, -1, -1, -1) for x in (y.keys, y.values)] for y in self.prompt_layers]
         return DynamicCache(kv, config=self.llm.config)
 
@@ -147,19 +155,24 @@ class SpeechLLM(nn.Module):
         log_probs = logits.float().log_softmax(-1).transpose(0, 1)  # (A, B, P)
         return F.ctc_loss(log_probs, ids[n + 1 :], lengths, sizes, int(ids[n]), "none", True)
 
-    def splice(self, audio: Tensor, lengths: Tensor, labels: Tensor, start: int = 0) -> dict:
-        """The LLM's input from `start` on: prompt, padding, audio less its blanks, and answer."""
+    def splice(self, audio: Tensor, lengths: Tensor, labels: Tensor, beams: int = 1) -> dict:
+        """The LLM's input, padded on the left: prompt, audio less its blanks, and answer.
+
+        Of the prompt, what is before the audio is in the cache, for `beams` times B rows, if any.
+        """
+        cache = self.prompt_cache(len(audio) * beams)
+        start = len(self.before) if cache else 0  # rows begin with this token
         tails = [torch.cat([labels.new_tensor(self.after), x[x != IGNORE]]) for x in labels]
         ids = [labels.new_tensor([self.blank]), labels.new_tensor(self.before), *tails]
         text = self.llm.get_input_embeddings()(torch.cat(ids)).split([len(x) for x in ids])
         speech = F.cosine_similarity(audio, text[0], dim=-1) < BLANK_COSINE  # (B, A)
         parts = zip(audio.to(text[0].dtype), speech, lengths, text[2:])
-        rows = [torch.cat([x[:n][kept[:n]], tail]) for x, kept, n, tail in parts]
+        rows = [torch.cat([text[1][start:], x[:n][kept[:n]], tail]) for x, kept, n, tail in parts]
         mask = pad_sequence([labels.new_ones(len(x)) for x in rows], True, padding_side="left")
-        mask = F.pad(mask, (len(self.before), 0), value=1)  # of the cache as well
-        rows = [text[1].expand(len(rows), -1, -1), pad_sequence(rows, True, padding_side="left")]
-        embeds, positions = torch.cat(rows, dim=1)[:, start:], mask.cumsum(1)[:, start:] - 1
-        return {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
+        mask = F.pad(mask, (start, 0), value=1)  # is of the cache as well
+        inputs = {"attention_mask": mask, "position_ids": mask.cumsum(1)[:, start:] - 1}
+        inputs["inputs_embeds"] = pad_sequence(rows, True, padding_side="left")
+        return inputs | {"past_key_values": cache}
 
     def forward(self, labels, num_items_in_batch=None, ctc_weight=0.0, ctc_alone=False, **speech):
         """The LLM's loss, of the answers alone, and the weighted CTC loss, in nats a label.
@@ -173,11 +186,7 @@ class SpeechLLM(nn.Module):
             self.ctc_losses.append(losses.detach())
             loss = ctc_weight * losses.sum() / items
         if not ctc_alone:
-            # gradient checkpointing allows no cache
-            cached = not self.llm.is_activation_checkpointing
-            inputs = self.splice(audio, lengths, labels, cached * len(self.before))
-            inputs["past_key_values"] = self.prompt_cache(len(labels)) if cached else None
-            labels = F.pad(labels, (1, 0), value=IGNORE)  # predicted from the position before
+            inputs = self.splice(audio, lengths, labels)
             # indices, as a slice is not contiguous: for it a CPU would copy the classifier B times
             inputs["logits_to_keep"] = torch.arange(-labels.shape[1], 0, device=labels.device)
             loss = loss + self.llm(**inputs, labels=labels, num_items_in_batch=items).loss
@@ -185,10 +194,12 @@ class SpeechLLM(nn.Module):
 
     def generate(self, beam: dict, encoder_lengths, mel, labels, transcripts=None) -> Tensor:
         """New token ids (B, T), filled up with `end_id`; `beam` is options of generate()."""
-        inputs = self.splice(*self.project(encoder_lengths, mel), labels[:, :0])
-        cache = self.prompt_cache(len(labels) * beam.get("num_beams", 1))
+        inputs = self.splice(*self.project(encoder_lengths, mel), labels[:, :0], beam["num_beams"])
+        # generate() wants a place for what is in the cache
+        start = inputs["attention_mask"].shape[1] - inputs["inputs_embeds"].shape[1]
+        inputs["inputs_embeds"] = F.pad(inputs["inputs_embeds"], (0, 0, start, 0))
         # hypotheses compete by their probability; the usual mean of a token's rewards loops
-        return self.llm.generate(**inputs, **beam, past_key_values=cache, length_penalty=0.0)
+        return self.llm.generate(**inputs, **beam, length_penalty=0.0)
 
     def save_projector(self, path: Path) -> None:
         """Write the projector's weights, with the settings as metadata, as safetensors."""
@@ -232,8 +243,6 @@ def load(projector_model_path=None, dtype=torch.float32, **given):
     given = {key: str(given[key]) for key in SETTINGS if given.get(key) is not None}
     saved = read_settings(projector_model_path, given) if projector_model_path else {}
     settings = {**DEFAULTS, **saved, **given}
-    for key in SETTINGS - settings.keys():
-        raise InputError(f"--{key} is needed where there is no projector file that names it")
     # on a CPU in bfloat16, eager attention trains 1.4 times as fast as torch's own
     eager = dtype == torch.bfloat16 and not torch.accelerator.is_available()
     options = {"dtype": dtype, "attn_implementation": "eager" if eager else None}
@@ -244,6 +253,6 @@ def load(projector_model_path=None, dtype=torch.float32, **given):
         model = SpeechLLM(encoder, llm, tokenizer, settings)
         if projector_model_path:
             model.load_projector(projector_model_path)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (KeyError, OSError, RuntimeError, ValueError) as error:
         raise InputError(f"the models cannot be loaded, or not together: {error}") from error
     return model

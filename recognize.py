@@ -69,14 +69,13 @@ def main(argv: list[str] | None = None) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("recognition is one process: start it with python, not torchrun")
     rows = read_manifest(args.data_path, need_text=False)
-    os.makedirs(os.path.dirname(args.result_path) or ".", exist_ok=True)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    model = load(dtype=dtype, **vars(args)).to(device).eval()
     beam = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
-    hypotheses = tqdm(recognize(model, rows, args.batch_size, beam), "recognize", len(rows))
     part, plain = f"{args.result_path}.part", args.result_path.endswith(".txt")
-    with open(part, "w", encoding="utf-8") as file:
+    with open(part, "w", encoding="utf-8") as file:  # if it cannot be, then before models load
+        model = load(dtype=dtype, **vars(args)).to(device).eval()
+        hypotheses = tqdm(recognize(model, rows, args.batch_size, beam), "recognize", len(rows))
         for text, row in zip(hypotheses, rows):
             row["hyp"] = text
             result = {key: row[key] for key in row if key != "_path"}

@@ -21,13 +21,13 @@ from model import InputError, load, run
 
 @dataclass(kw_only=True)
 class TrainingArguments(transformers.TrainingArguments):
-    llm_model_name_or_path: str | None = HfArg(default=None, help="A Qwen, Llama or other LLM.")
-    whisper_model_name_or_path: str | None = HfArg(default=None, help="tiny ... turbo, or a .pt.")
+    llm_model_name_or_path: str = HfArg(help="A Qwen, Llama or other LLM.")
+    whisper_model_name_or_path: str = HfArg(help="tiny ... turbo, or a .pt file.")
     projector_model_path: str | None = HfArg(default=None, help="A projector to start from.")
     stride: int | None = HfArg(default=None, help="Encoder positions (20 ms) joined: default 5.")
     data_path: list[str] = HfArg(help="JSONL manifests; one named twice counts twice.")
     eval_data_path: list[str] | None = HfArg(default=None, help="JSONL manifests to evaluate on.")
-    model_max_length: int = HfArg(default=512, help="Most positions of prompt, audio and text.")
+    model_max_length: int = HfArg(default=512, help="Most positions of audio and text.")
     ctc_weight: float = HfArg(default=0.3, help="Weight of the CTC loss beside the LLM's.")
     ctc_first: float = HfArg(default=0.5, help="Share of the steps with the CTC loss alone.")
     # flags of the published recipe that transformers 5 renamed
@@ -67,9 +67,8 @@ class ProjectorTrainer(transformers.Trainer):
         self.log(gap)
         return metrics | gap
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if self.args.should_save:
-            self.model.save_projector(Path(output_dir or self.args.output_dir, "model.safetensors"))
+    def _save(self, output_dir: str, state_dict=None) -> None:
+        self.model.save_projector(Path(output_dir, "model.safetensors"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         self.model.load_projector(Path(resume_from_checkpoint) / "model.safetensors")
@@ -87,7 +86,8 @@ def main(argv: list[str] | None = None) -> None:
 
     transformers.set_seed(args.seed)  # for the projector's first weights
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    model = load(dtype=dtype, **vars(args))
+    with args.main_process_first():  # one process downloads
+        model = load(dtype=dtype, **vars(args))
     collator = partial(collate, **model.collation, max_length=args.model_max_length)
     trainer = ProjectorTrainer(model, args, collator, train_rows, eval_rows)
     # the newest checkpoint that was written whole: its trainer_state.json comes last

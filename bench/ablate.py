@@ -3,8 +3,8 @@
     python bench/ablate.py ENCODED.pt BLANK_COSINE=2 ... -- --output_dir exp/kept \
         --eval_data_path dev.jsonl --eval_strategy steps --eval_steps 100 --save_steps 100 ...
 
-ENCODED.pt keeps the encoder's outputs, which runs on the same audio share: each window is computed
-once. Then come constants of model.py with new values, `prompt=...` for the default prompt (its
+ENCODED.pt keeps the encoder's outputs, which runs on the same audio share: no utterance is encoded
+twice. Then come constants of model.py with new values, `prompt=...` for the default prompt (its
 lines apart by \\n), `blank=...` for the text whose token is the blank, or `rms_norm=off` for audio
 of any length; behind `--` the arguments of train.py. In the end each checkpoint decodes the
 evaluation's manifests greedily, and OUTPUT_DIR/curve.md has a row for each.
@@ -42,7 +42,7 @@ def change(name: str, value: str) -> None:
             return speech_llm
 
         train.load = load_with_blank
-    elif name == "rms_norm":
+    elif (name, value) == ("rms_norm", "off"):
         model.F.rms_norm = lambda x, shape: x
     elif isinstance(getattr(model, name, None), int | float):
         setattr(model, name, type(getattr(model, name))(value))
@@ -106,10 +106,10 @@ def main() -> None:
     parser = HfArgumentParser(train.TrainingArguments)
     [args] = parser.parse_args_into_dataclasses(sys.argv[split + 1 :])
     table = curve(args)
-    Path(args.output_dir, "curve.md").write_text(table)
-    print(table)
     if len(known) > size:
         torch.save(known, encoded)
+    Path(args.output_dir, "curve.md").write_text(table)
+    print(table)
 
 
 if __name__ == "__main__":

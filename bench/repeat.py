@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -30,14 +30,15 @@ def main(name: str, manifest: str, prompts: list[str]) -> None:
     for prompt in prompts:
         before, after, end_id = build_prompt(tokenizer, prompt.replace("\\n", "\n"))
         rows = [torch.tensor([*before, *encode(tokenizer, f" {x}"), *after]) for x in texts]
-        options = {"eos_token_id": end_id, "pad_token_id": end_id, "do_sample": False}
+        # greedy, without the penalties of a chat model
+        llm.generation_config = GenerationConfig(eos_token_id=end_id, pad_token_id=end_id)
         hypotheses = []
         for start in tqdm(range(0, len(rows), 20), prompt):
             batch = rows[start : start + 20]
             mask = [torch.ones_like(row) for row in batch]
             inputs = {"input_ids": batch, "attention_mask": mask}
             inputs = {key: pad_sequence(x, True, 0, "left") for key, x in inputs.items()}
-            ids = llm.generate(**inputs, **options, max_new_tokens=40)
+            ids = llm.generate(**inputs, max_new_tokens=40)
             new = ids[:, inputs["input_ids"].shape[1] :]
             hypotheses += tokenizer.batch_decode(new, skip_special_tokens=True)
         print(f"{len(before)} + {len(after)} tokens | {prompt} | {score(texts, hypotheses)}")

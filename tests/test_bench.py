@@ -1,5 +1,6 @@
 """The measurements in bench/, on tiny models."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,12 @@ def test_ablation_writes_a_learning_curve_and_encodes_each_window_once(paths, tm
     assert [row.split(" | ")[0] for row in rows] == ["8", "16"]
     assert all(row.endswith(" %") for row in rows)
     assert len(torch.load(encoded)) == 8
+    written = encoded.stat().st_mtime_ns
+    shutil.rmtree(tmp_path / "out")
+    bench("ablate.py", encoded, "BLANK_COSINE=-2", "--", *arguments)  # all audio is left out
+    assert encoded.stat().st_mtime_ns == written
+    _, _, *rows = (tmp_path / "out" / "curve.md").read_text().splitlines()
+    assert [row.split(" | ")[2] for row in rows] == ["0.00", "0.00"]
 
 
 def test_repeating_is_scored_for_each_prompt(paths):

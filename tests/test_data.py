@@ -142,8 +142,10 @@ def test_ids_masks_and_labels_of_two_examples_written_by_hand(template, tmp_path
     ]
     prompt = build_prompt(tokenizer, DEFAULTS["prompt"].splitlines()[0])
     assert prompt == (ids(before), ids(after), end_id)
-    batch = collate(rows, tokenizer, end_id, n_mels=80, n_prompt=9, stride=5)
-    assert batch["labels"].tolist() == [[*ids("hi"), end_id], [IGNORE, *ids("a"), end_id]]
+    batch = collate(rows, tokenizer, end_id, n_mels=80, stride=5)
+    first, second = batch["labels"].tolist()
+    assert first == [IGNORE, *ids("hi"), end_id]
+    assert second == [IGNORE, IGNORE, *ids("a"), end_id]
     assert [x.tolist() for x in batch["transcripts"]] == [ids(" hi"), ids(" a")]
     assert batch["encoder_lengths"].tolist() == [15, 11]
     # and half a second of silence behind
@@ -153,23 +155,23 @@ def test_ids_masks_and_labels_of_two_examples_written_by_hand(template, tmp_path
 def test_what_has_no_transcript_can_be_collated_for_decoding(paths):
     [row] = read_manifest([paths.manifest])[:1]
     options = {"tokenizer": tiny.make_tokenizer(tiny.CHATML, "<|im_end|>"), "end_id": 7}
-    options |= {"n_mels": 80, "n_prompt": 9, "stride": 5}
+    options |= {"n_mels": 80, "stride": 5}
     batch, silent = collate([row], **options), collate([{"_path": row["_path"]}], **options)
     assert torch.equal(batch["mel"][0], silent["mel"][0])
-    assert silent["labels"].tolist() == [[7]]
+    assert silent["labels"].tolist() == [[IGNORE, 7]]
 
 
 def test_an_utterance_longer_than_model_max_length_is_refused_by_name(paths):
     rows = read_manifest([paths.manifest])[:1]  # "go" in 5 audio positions
     options = {"tokenizer": tiny.make_tokenizer(tiny.CHATML, "<|im_end|>"), "end_id": 7}
-    options |= {"n_mels": 80, "n_prompt": 9, "stride": 5}
-    collate(rows, **options, max_length=17)
-    with pytest.raises(InputError, match="0.wav: --model_max_length 16 is less than 17"):
-        collate(rows, **options, max_length=16)
+    options |= {"n_mels": 80, "stride": 5}
+    collate(rows, **options, max_length=8)
+    with pytest.raises(InputError, match="0.wav: --model_max_length 7 is less than 8"):
+        collate(rows, **options, max_length=7)
 
 
 def test_extra_keys_of_a_manifest_may_be_anything(tmp_path):
     line = json.dumps({"wav": "a.wav", "txt": "x", "labels": [1], "mel": None})
     rows = read_manifest([write_manifest(tmp_path, line)])
     tokenizer = tiny.make_tokenizer(tiny.CHATML, "<|im_end|>")
-    assert collate(rows, tokenizer, 7, n_mels=80, n_prompt=9, stride=5)["labels"].shape[0] == 1
+    assert collate(rows, tokenizer, 7, n_mels=80, stride=5)["labels"].shape[0] == 1

@@ -7,7 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from data import collate, read_manifest
-from model import IGNORE, InputError, Projector, build_prompt, load
+from model import IGNORE, InputError, Projector, SpeechLLM, build_prompt, load
 
 LLM_DIMS = {"LLaMA3-8B": 4096, "Qwen2-0.5B": 896, "Qwen2-1.5B": 1536, "Qwen2-7B": 3584}
 ENCODER_DIMS = {"tiny": 384, "small": 768, "large": 1280}
@@ -197,20 +197,26 @@ def test_windows_of_long_audio_are_encoded_apart_and_joined(paths):
     assert torch.allclose(audio, model.rms * model.projector(encoded), atol=1e-5)
 
 
-def test_audio_is_spliced_into_its_place_and_nowhere_else(paths):
+def test_audio_is_spliced_into_its_place_and_nowhere_else(paths, monkeypatch):
     model = load_tiny(paths)
     batch = make_batch(model, read_manifest([paths.manifest])[:3])
     audio, lengths = model.project(**speech_of(batch))
     out = model.splice(audio, lengths, batch["labels"])
+    monkeypatch.setattr(model, "prompt_cache", lambda rows: None)
+    whole = model.splice(audio, lengths, batch["labels"])
     assert lengths.tolist() == [5, 7, 8] and out["attention_mask"].sum(1).diff().tolist() == [2, 1]
     for i, text in enumerate(tiny.TEXTS[:3]):
-        mask = out["attention_mask"][i]
         before, after = prompt_and_answer(model, text)
-        wanted = torch.cat([before, audio[i, : lengths[i]], after])
-        assert torch.equal(out["inputs_embeds"][i][mask.bool()], wanted)
-        assert mask[: len(before)].all()
-        assert mask[len(before) :].tolist() == sorted(mask[len(before) :].tolist())  # then padding
-        assert out["position_ids"][i][mask.bool()].tolist() == list(range(len(wanted)))
+        rest = torch.cat([audio[i, : lengths[i]], after])
+        mask = out["attention_mask"][i]
+        cached, mask = mask[: len(before)], mask[len(before) :]
+        assert cached.all() and mask.tolist() == sorted(mask.tolist())  # then padded on the left
+        assert torch.equal(out["inputs_embeds"][i][mask.bool()], rest)
+        positions = range(len(before), len(before) + len(rest))
+        assert out["position_ids"][i][mask.bool()].tolist() == list(positions)
+        mask = whole["attention_mask"][i]
+        assert torch.equal(whole["inputs_embeds"][i][mask.bool()], torch.cat([before, rest]))
+        assert mask.tolist() == sorted(mask.tolist())
     typical = model.llm.get_input_embeddings().weight.norm() / 263**0.5
     assert torch.allclose(audio.norm(dim=-1), typical, rtol=1e-3)
 
@@ -225,9 +231,9 @@ def test_blanks_are_not_shown_to_the_llm(paths):
     out = model.splice(audio, lengths, batch["labels"][:, :0])
     before, after = prompt_and_answer(model)
     kept = audio[0, [1, *range(3, lengths[0])]]
-    assert torch.equal(out["inputs_embeds"][0], torch.cat([before, kept, after]))
-    silent = out["inputs_embeds"][1][out["attention_mask"][1].bool()]
-    assert torch.equal(silent, torch.cat([before, after]))
+    assert torch.equal(out["inputs_embeds"][0], torch.cat([kept, after]))
+    silent = out["inputs_embeds"][1][out["attention_mask"][1, len(before) :].bool()]
+    assert torch.equal(silent, after)
 
 
 def test_ctc_loss_is_the_probability_of_all_alignments_written_out(paths):
@@ -292,7 +298,10 @@ def test_logits_for_labels_alone_give_the_full_loss_and_gradients(paths, llm, mo
     positions = []
     model.llm.lm_head.register_forward_hook(lambda *x: positions.append(x[2].shape[1]))
     loss = model(**batch)["loss"]
-    assert positions == [len(model.before), 1 + len("left") + 1]  # of the prompt, once; of labels
+    assert torch.equal(model(**batch)["loss"], loss)
+    labelled = 1 + len("left") + 1
+    assert positions == [len(model.before), labelled, labelled]  # the prompt is read once
+    monkeypatch.setattr(model, "prompt_cache", lambda rows: None)
     speech = model.project(**speech_of(batch))
     logits = model.llm(**model.splice(*speech, batch["labels"])).logits
     labels = batch["labels"]
@@ -330,6 +339,25 @@ def test_a_batch_of_four_equals_four_single_runs(paths, llm):
         apart += model.tokenizer.batch_decode(single, skip_special_tokens=True)
     assert torch.allclose(model(**batch)["loss"], loss, atol=1e-5)
     assert together == apart and len(set(apart)) > 1
+
+
+def test_an_llm_whose_state_is_no_cache_of_keys_reads_the_prompt_each_time(paths, monkeypatch):
+    model = load_tiny(paths)
+    batch = make_batch(model, read_manifest([paths.manifest]))
+    beam = {"num_beams": 3, "max_new_tokens": 12}
+    loss, ids = model(**batch)["loss"], model.generate(beam, **batch)
+    monkeypatch.setattr(type(model.llm), "_is_stateful", True)  # as in Qwen3.5
+    assert model.prompt_cache(1) is None
+    assert torch.allclose(model(**batch)["loss"], loss, atol=1e-5)
+    assert torch.equal(model.generate(beam, **batch), ids)
+
+
+def test_audio_is_as_long_as_embeddings_that_the_llm_scales_when_it_reads_them(paths):
+    model = load_tiny(paths)
+    embeddings = model.llm.get_input_embeddings()
+    embeddings.register_forward_hook(lambda *x: 5 * x[2])  # as in Gemma
+    scaled = SpeechLLM(model.encoder, model.llm, model.tokenizer, model.settings)
+    assert scaled.rms == pytest.approx(5 * model.rms, rel=1e-5)
 
 
 def test_only_the_projector_has_gradients(paths):
@@ -382,7 +410,7 @@ def test_decoding_ends_at_the_end_of_turn_and_at_the_models_own_stops(paths):
     assert short == free[: free.index(free[3]) + 1]
 
 
-def test_beams_compete_by_probability_and_not_by_its_mean_a_token(paths):
+def test_beams_compete_by_probability_and_not_by_its_mean_a_token(paths, monkeypatch):
     model = load_tiny(paths)
     stops = list(range(0, model.llm.config.vocab_size, 9))
     model.llm.generation_config.eos_token_id = stops
@@ -390,15 +418,20 @@ def test_beams_compete_by_probability_and_not_by_its_mean_a_token(paths):
 
     def log_prob(batch, ids):  # of a hypothesis, up to its end
         ends = [i for i, token in enumerate(ids) if token in stops]
-        labels = torch.tensor([ids[: ends[0] + 1] if ends else ids])
+        labels = torch.tensor([[IGNORE, *(ids[: ends[0] + 1] if ends else ids)]])
         return -model(labels, 1, **speech_of(batch))["loss"].item()
 
-    gains = []
+    generate, gains = model.llm.generate, []
+
+    def by_mean(**options):
+        return generate(**options | {"length_penalty": 1.0})
+
     for row in read_manifest([paths.manifest]):
         batch = make_batch(model, [row])
-        inputs = model.splice(*model.project(**speech_of(batch)), batch["labels"][:, :0])
-        mean = model.llm.generate(**inputs, **beam, length_penalty=1.0)[0].tolist()
         gains.append(log_prob(batch, model.generate(beam, **batch)[0].tolist()))
+        with monkeypatch.context() as patch:
+            patch.setattr(model.llm, "generate", by_mean)
+            mean = model.generate(beam, **batch)[0].tolist()
         gains[-1] -= log_prob(batch, mean)
     assert min(gains) > -1e-3 and max(gains) > 0.1
 
@@ -474,7 +507,7 @@ def test_files_that_are_no_projector_are_refused(paths, tmp_path):
 
 
 def test_missing_and_unknown_models_are_named(paths):
-    with pytest.raises(InputError, match="--llm_model_name_or_path is needed"):
+    with pytest.raises(InputError, match="cannot be loaded.*'llm_model_name_or_path'"):
         load(whisper_model_name_or_path=paths.whisper)
     with pytest.raises(InputError, match=r"Model huge not found; available models = .*'tiny'"):
         load(llm_model_name_or_path=paths.qwen, whisper_model_name_or_path="huge")
