@@ -55,16 +55,16 @@ echo "---|---|---|---|---"
 arm default
 arm no-ctc -- --ctc_weight 0
 arm ctc-beside-from-the-start -- --ctc_first 0
+arm as-published
+arm stride-4 -- --stride 4
+arm lr-3e-4 -- --learning_rate 3e-4
+arm stride-3 -- --stride 3
 arm blanks-kept BLANK_COSINE=2
 arm no-examples "prompt=Repeat word for word:"
-arm as-published
+arm transcribe "prompt=Transcribe the speech."
 arm sharpness-7 CTC_SHARPNESS=7
 arm sharpness-28 CTC_SHARPNESS=28
 arm blank-newline blank=$'\n'
 arm no-rms-norm rms_norm=off
-arm transcribe "prompt=Transcribe the speech."
-arm lr-3e-4 -- --learning_rate 3e-4
 arm lr-3e-3 -- --learning_rate 3e-3
-arm stride-3 -- --stride 3
-arm stride-4 -- --stride 4
 arm stride-8 -- --stride 8
