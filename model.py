@@ -95,9 +95,9 @@ class SpeechLLM(nn.Module):
 
     def __init__(self, encoder: nn.Module, llm: nn.Module, tokenizer, settings: dict[str, str]):
         super().__init__()
-        self.settings, self.tokenizer = settings, tokenizer
         self.before, self.after, self.end_id = build_prompt(tokenizer, settings["prompt"])
-        self.blank = encode(tokenizer, " ")[-1]  # what audio without speech is to be like
+        # the blank is the token that audio without speech is to be like
+        self.settings, self.tokenizer, self.blank = settings, tokenizer, encode(tokenizer, " ")[-1]
         self.encoder, self.llm = encoder.requires_grad_(False), llm.requires_grad_(False)
         # as the LLM reads them, which in Gemma is not as they are stored
         embeddings = llm.get_input_embeddings()(torch.arange(llm.config.vocab_size))
@@ -118,13 +118,8 @@ class SpeechLLM(nn.Module):
         """Keys and values of the tokens before the audio, which are the same in every batch."""
         return self.llm(torch.tensor([self.before], device=self.llm.device)).past_key_values.layers
 
-    def prompt_cache(self, rows: int) -> DynamicCache | None:
-        """A cache of the tokens before the audio: keys and values (rows, heads, T, width).
-
-        None under gradient checkpointing, and for an LLM whose state is more than keys and values.
-        """
-        if self.llm.is_activation_checkpointing or self.llm._is_stateful:
-            return None
+    def prompt_cache(self, rows: int) -> DynamicCache:
+        """A cache of the tokens before the audio: keys and values (rows, heads, T, width)."""
         kv = [[x.expand(rows, -1, -1, -1) for x in (y.keys, y.values)] for y in self.prompt_layers]
         return DynamicCache(kv, config=self.llm.config)
 
@@ -160,8 +155,10 @@ class SpeechLLM(nn.Module):
 
         Of the prompt, what is before the audio is in the cache, for `beams` times B rows, if any.
         """
-        cache = self.prompt_cache(len(audio) * beams)
-        start = len(self.before) if cache else 0  # rows begin with this token
+        # gradient checkpointing allows none, nor does a state that is more than keys and values
+        cached = not (self.llm.is_activation_checkpointing or self.llm._is_stateful)
+        cache = self.prompt_cache(len(audio) * beams) if cached else None
+        start = len(self.before) if cached else 0
         tails = [torch.cat([labels.new_tensor(self.after), x[x != IGNORE]]) for x in labels]
         ids = [labels.new_tensor([self.blank]), labels.new_tensor(self.before), *tails]
         text = self.llm.get_input_embeddings()(torch.cat(ids)).split([len(x) for x in ids])

@@ -73,6 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     beam = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
     part, plain = f"{args.result_path}.part", args.result_path.endswith(".txt")
+    os.makedirs(os.path.dirname(part) or ".", exist_ok=True)
     with open(part, "w", encoding="utf-8") as file:  # if it cannot be, then before models load
         model = load(dtype=dtype, **vars(args)).to(device).eval()
         hypotheses = tqdm(recognize(model, rows, args.batch_size, beam), "recognize", len(rows))

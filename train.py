@@ -67,8 +67,9 @@ class ProjectorTrainer(transformers.Trainer):
         self.log(gap)
         return metrics | gap
 
-    def _save(self, output_dir: str, state_dict=None) -> None:
-        self.model.save_projector(Path(output_dir, "model.safetensors"))
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.args.should_save:
+            self.model.save_projector(Path(output_dir or self.args.output_dir, "model.safetensors"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         self.model.load_projector(Path(resume_from_checkpoint) / "model.safetensors")

@@ -202,7 +202,7 @@ def test_audio_is_spliced_into_its_place_and_nowhere_else(paths, monkeypatch):
     batch = make_batch(model, read_manifest([paths.manifest])[:3])
     audio, lengths = model.project(**speech_of(batch))
     out = model.splice(audio, lengths, batch["labels"])
-    monkeypatch.setattr(model, "prompt_cache", lambda rows: None)
+    monkeypatch.setattr(type(model.llm), "_is_stateful", True)
     whole = model.splice(audio, lengths, batch["labels"])
     assert lengths.tolist() == [5, 7, 8] and out["attention_mask"].sum(1).diff().tolist() == [2, 1]
     for i, text in enumerate(tiny.TEXTS[:3]):
@@ -301,7 +301,7 @@ def test_logits_for_labels_alone_give_the_full_loss_and_gradients(paths, llm, mo
     assert torch.equal(model(**batch)["loss"], loss)
     labelled = 1 + len("left") + 1
     assert positions == [len(model.before), labelled, labelled]  # the prompt is read once
-    monkeypatch.setattr(model, "prompt_cache", lambda rows: None)
+    monkeypatch.setattr(type(model.llm), "_is_stateful", True)
     speech = model.project(**speech_of(batch))
     logits = model.llm(**model.splice(*speech, batch["labels"])).logits
     labels = batch["labels"]
@@ -347,8 +347,10 @@ def test_an_llm_whose_state_is_no_cache_of_keys_reads_the_prompt_each_time(paths
     beam = {"num_beams": 3, "max_new_tokens": 12}
     loss, ids = model(**batch)["loss"], model.generate(beam, **batch)
     monkeypatch.setattr(type(model.llm), "_is_stateful", True)  # as in Qwen3.5
-    assert model.prompt_cache(1) is None
+    reads = []
+    model.llm.register_forward_pre_hook(lambda *x: reads.append(x), with_kwargs=True)
     assert torch.allclose(model(**batch)["loss"], loss, atol=1e-5)
+    assert reads[0][2]["past_key_values"] is None
     assert torch.equal(model.generate(beam, **batch), ids)
 
 
