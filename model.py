@@ -160,11 +160,11 @@ class SpeechLLM(nn.Module):
         cache = self.prompt_cache(len(audio) * beams) if cached else None
         start = len(self.before) if cached else 0
         tails = [torch.cat([labels.new_tensor(self.after), x[x != IGNORE]]) for x in labels]
-        ids = [labels.new_tensor([self.blank]), labels.new_tensor(self.before), *tails]
+        ids = [labels.new_tensor([self.blank]), labels.new_tensor(self.before[start:]), *tails]
         text = self.llm.get_input_embeddings()(torch.cat(ids)).split([len(x) for x in ids])
         speech = F.cosine_similarity(audio, text[0], dim=-1) < BLANK_COSINE  # (B, A)
         parts = zip(audio.to(text[0].dtype), speech, lengths, text[2:])
-        rows = [torch.cat([text[1][start:], x[:n][kept[:n]], tail]) for x, kept, n, tail in parts]
+        rows = [torch.cat([text[1], x[:n][kept[:n]], tail]) for x, kept, n, tail in parts]
         mask = pad_sequence([labels.new_ones(len(x)) for x in rows], True, padding_side="left")
         mask = F.pad(mask, (start, 0), value=1)  # is of the cache as well
         inputs = {"attention_mask": mask, "position_ids": mask.cumsum(1)[:, start:] - 1}
