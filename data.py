@@ -6,7 +6,6 @@ Shapes: B utterances, S samples, W windows of an utterance, M mel bins, F mel fr
 """
 
 import json
-import math
 from pathlib import Path
 
 import soundfile
@@ -73,17 +72,17 @@ def log_mel(audio, n_mels: int) -> torch.Tensor:
     return mel.unflatten(1, (-1, size // HOP_LENGTH)).transpose(0, 1)  # (W, M, F)
 
 
-def collate(rows, tokenizer, end_id, n_mels, stride, max_length=math.inf) -> dict:
+def collate(rows, tokenizer, end_id, n_mels, stride, max_length=float("inf")) -> dict:
     """Rows of `read_manifest` -> a batch for SpeechLLM, of which decoding ignores the answers.
 
     InputError where audio and answer of a row need more than `max_length` positions.
     """
     audios = [load_audio(row["_path"]) for row in rows]
-    lengths = torch.tensor([math.ceil(len(audio) / SAMPLES_PER_POSITION) for audio in audios])
+    lengths = torch.tensor([-(-len(audio) // SAMPLES_PER_POSITION) for audio in audios])
     # the first label is predicted from a position without one
     answers = [[IGNORE, *encode(tokenizer, row.get("txt", "")), end_id] for row in rows]
     for row, length, answer in zip(rows, lengths, answers):
-        if (size := math.ceil(length / stride) + len(answer) - 1) > max_length:
+        if (size := -(-length // stride) + len(answer) - 1) > max_length:
             raise InputError(f"{row['_path']}: --model_max_length {max_length} is less than {size}")
     # the lengths first, as the Trainer takes B from them
     batch = {"encoder_lengths": lengths, "mel": [log_mel(audio, n_mels) for audio in audios]}

@@ -189,14 +189,26 @@ class SpeechLLM(nn.Module):
             loss = loss + self.llm(**inputs, labels=labels, num_items_in_batch=items).loss
         return {"loss": loss}
 
-    def generate(self, beam: dict, encoder_lengths, mel, labels, transcripts=None) -> Tensor:
-        """New token ids (B, T), filled up with `end_id`; `beam` is options of generate()."""
-        inputs = self.splice(*self.project(encoder_lengths, mel), labels[:, :0], beam["num_beams"])
+    def generate(self, num_beams: int, encoder_lengths, mel, labels, transcripts=None) -> Tensor:
+        """New token ids (B, T), filled up with `end_id`.
+
+        A hypothesis has at most as many tokens as the LLM reads positions from the audio on. What
+        is longer was a loop, and has to compete with what it is worth when it ends there.
+        """
+        inputs = self.splice(*self.project(encoder_lengths, mel), labels[:, :0], num_beams)
+        mask, embeds = inputs["attention_mask"], inputs["inputs_embeds"]
+        # of each beam, (B * num_beams, 1)
+        most = mask.repeat_interleave(num_beams, 0).sum(1, True) - len(self.before)
+
+        def limit(ids: Tensor, scores: Tensor) -> Tensor:
+            end = torch.arange(scores.shape[1], device=scores.device) == self.end_id
+            return scores.where(end | (ids.shape[1] < most - 1), -torch.inf)
+
         # generate() wants a place for what is in the cache
-        start = inputs["attention_mask"].shape[1] - inputs["inputs_embeds"].shape[1]
-        inputs["inputs_embeds"] = F.pad(inputs["inputs_embeds"], (0, 0, start, 0))
+        inputs["inputs_embeds"] = F.pad(embeds, (0, 0, mask.shape[1] - embeds.shape[1], 0))
         # hypotheses compete by their probability; the usual mean of a token's rewards loops
-        return self.llm.generate(**inputs, **beam, length_penalty=0.0)
+        beam = {"num_beams": num_beams, "max_new_tokens": int(most.max()), "length_penalty": 0.0}
+        return self.llm.generate(**inputs, **beam, logits_processor=[limit])
 
     def save_projector(self, path: Path) -> None:
         """Write the projector's weights, with the settings as metadata, as safetensors."""

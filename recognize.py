@@ -32,16 +32,15 @@ class Arguments:
     result_path: str = HfArg(help="One hypothesis a line: text if it ends in .txt, else JSONL.")
     num_beams: int = HfArg(default=3, help="Width of the beam; 1 is greedy.")
     batch_size: int = HfArg(default=8, help="Utterances decoded at once.")
-    max_new_tokens: int = HfArg(default=200, help="Longest hypothesis, in tokens.")
     llm_model_name_or_path: str | None = HfArg(default=None, help="Where it is now, if it moved.")
     whisper_model_name_or_path: str | None = HfArg(default=None, help="Where it is now, likewise.")
 
 
-def recognize(model, rows: list[dict], batch_size: int, beam: dict):
-    """Yield the hypothesis of each row of a manifest, in order; `beam` is for model.generate."""
+def recognize(model, rows: list[dict], batch_size: int, num_beams: int):
+    """Yield the hypothesis of each row of a manifest, in order."""
     collator = partial(collate, **model.collation)
-    for batch in DataLoader(rows, batch_size, collate_fn=collator, num_workers=2):
-        ids = model.generate(beam, **send_to_device(batch, model.llm.device))
+    for batch in tqdm(DataLoader(rows, batch_size, collate_fn=collator, num_workers=2)):
+        ids = model.generate(num_beams, **send_to_device(batch, model.llm.device))
         for text in model.tokenizer.batch_decode(ids, skip_special_tokens=True):
             yield " ".join(text.split())
 
@@ -71,13 +70,11 @@ def main(argv: list[str] | None = None) -> None:
     rows = read_manifest(args.data_path, need_text=False)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    beam = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
     part, plain = f"{args.result_path}.part", args.result_path.endswith(".txt")
     os.makedirs(os.path.dirname(part) or ".", exist_ok=True)
     with open(part, "w", encoding="utf-8") as file:  # if it cannot be, then before models load
         model = load(dtype=dtype, **vars(args)).to(device).eval()
-        hypotheses = tqdm(recognize(model, rows, args.batch_size, beam), "recognize", len(rows))
-        for text, row in zip(hypotheses, rows):
+        for text, row in zip(recognize(model, rows, args.batch_size, args.num_beams), rows):
             row["hyp"] = text
             result = {key: row[key] for key in row if key != "_path"}
             print(text if plain else json.dumps(result, ensure_ascii=False), file=file, flush=True)

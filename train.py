@@ -33,12 +33,10 @@ class TrainingArguments(transformers.TrainingArguments):
     # flags of the published recipe that transformers 5 renamed
     eval_strategy: str = HfArg(default="no", aliases=["--evaluation_strategy"], help="When.")
     warmup_steps: float = HfArg(default=0, aliases=["--warmup_ratio"], help="Below 1: a ratio.")
-
-    def __post_init__(self):
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        # collate needs all columns, and every step uses the whole projector
-        self.remove_unused_columns = self.ddp_find_unused_parameters = False
-        super().__post_init__()
+    # collate needs all columns, and every step uses the whole projector
+    remove_unused_columns: bool = False
+    ddp_find_unused_parameters: bool | None = False
+    use_cpu: bool = not torch.accelerator.is_available()
 
 
 class ProjectorTrainer(transformers.Trainer):

@@ -26,7 +26,6 @@ import train
 from data import read_manifest
 
 HEAD = "utterances | loss | listening gap | greedy WER\n---|---|---|---\n"
-BEAM = {"num_beams": 1, "max_new_tokens": 40}
 
 
 def change(name: str, value: str) -> None:
@@ -87,7 +86,7 @@ def curve(args: train.TrainingArguments) -> str:
         cells += [f"{log['eval_loss']:.2f}", f"{log['eval_listening_gap']:.2f}"]
         path = Path(args.output_dir, f"checkpoint-{step}", "model.safetensors")
         speech_llm = train.load(projector_model_path=path, dtype=dtype).eval()
-        hypotheses = list(recognize.recognize(speech_llm, rows, 10, BEAM))
+        hypotheses = list(recognize.recognize(speech_llm, rows, 10, num_beams=1))
         score = recognize.score([row["txt"] for row in rows], hypotheses)
         cells.append(score.removeprefix("WER ").split(" of ")[0])
         table += " | ".join(map(str, cells)) + "\n"

@@ -328,14 +328,13 @@ def test_loss_is_a_mean_over_all_labels_of_an_optimizer_step(paths, weights):
 def test_a_batch_of_four_equals_four_single_runs(paths, llm):
     model = load_tiny(paths, llm)
     rows = read_manifest([paths.manifest])[::2]
-    beam = {"num_beams": 3, "max_new_tokens": 12}
     batch = make_batch(model, rows)
     count = (batch["labels"] != IGNORE).sum()
-    together = model.tokenizer.batch_decode(model.generate(beam, **batch), skip_special_tokens=True)
+    together = model.tokenizer.batch_decode(model.generate(3, **batch), skip_special_tokens=True)
     loss, apart = 0, []
     for row in rows:
         loss += model(**make_batch(model, [row]), num_items_in_batch=count)["loss"]
-        single = model.generate(beam, **make_batch(model, [row]))
+        single = model.generate(3, **make_batch(model, [row]))
         apart += model.tokenizer.batch_decode(single, skip_special_tokens=True)
     assert torch.allclose(model(**batch)["loss"], loss, atol=1e-5)
     assert together == apart and len(set(apart)) > 1
@@ -344,14 +343,13 @@ def test_a_batch_of_four_equals_four_single_runs(paths, llm):
 def test_an_llm_whose_state_is_no_cache_of_keys_reads_the_prompt_each_time(paths, monkeypatch):
     model = load_tiny(paths)
     batch = make_batch(model, read_manifest([paths.manifest]))
-    beam = {"num_beams": 3, "max_new_tokens": 12}
-    loss, ids = model(**batch)["loss"], model.generate(beam, **batch)
+    loss, ids = model(**batch)["loss"], model.generate(3, **batch)
     monkeypatch.setattr(type(model.llm), "_is_stateful", True)  # as in Qwen3.5
     reads = []
     model.llm.register_forward_pre_hook(lambda *x: reads.append(x), with_kwargs=True)
     assert torch.allclose(model(**batch)["loss"], loss, atol=1e-5)
     assert reads[0][2]["past_key_values"] is None
-    assert torch.equal(model.generate(beam, **batch), ids)
+    assert torch.equal(model.generate(3, **batch), ids)
 
 
 def test_audio_is_as_long_as_embeddings_that_the_llm_scales_when_it_reads_them(paths):
@@ -405,18 +403,35 @@ def test_sampling_and_penalties_of_a_chat_model_are_dropped_but_its_stops_kept(p
 def test_decoding_ends_at_the_end_of_turn_and_at_the_models_own_stops(paths):
     model = load_tiny(paths)
     batch = make_batch(model, read_manifest([paths.manifest])[:1])
-    beam = {"num_beams": 1, "max_new_tokens": 40}
-    free = model.generate(beam | {"eos_token_id": None}, **batch)[0].tolist()
+    model.llm.generation_config.eos_token_id = None
+    free = model.generate(1, **batch)[0].tolist()
     model.llm.generation_config.eos_token_id = [model.end_id, free[3]]
-    short = model.generate(beam, **batch)[0].tolist()
+    short = model.generate(1, **batch)[0].tolist()
     assert short == free[: free.index(free[3]) + 1]
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_loop_ends_with_its_own_audio_and_costs_what_it_is_worth(paths, monkeypatch, num_beams):
+    model = load_tiny(paths)
+    batch = make_batch(model, read_manifest([paths.manifest]))
+    inputs = model.splice(*model.project(*speech_of(batch).values()), batch["labels"][:, :0])
+    most = (inputs["attention_mask"].sum(1) - len(model.before)).tolist()
+    assert len(set(most)) > 2
+    model.llm.generation_config.eos_token_id = None  # nothing else ends
+    for ids, size in zip(model.generate(num_beams, **batch).tolist(), most):
+        assert model.end_id not in ids[: size - 1] and set(ids[size - 1 :]) == {model.end_id}
+    monkeypatch.setattr(model.llm, "generate", lambda **options: options["logits_processor"])
+    [limit] = model.generate(num_beams, **batch)
+    rows = len(most) * num_beams
+    scores = torch.rand(rows, model.llm.config.vocab_size)
+    limited = limit(torch.zeros(rows, min(most), dtype=torch.long), scores)
+    assert torch.equal(limited[:, model.end_id], scores[:, model.end_id])
 
 
 def test_beams_compete_by_probability_and_not_by_its_mean_a_token(paths, monkeypatch):
     model = load_tiny(paths)
     stops = list(range(0, model.llm.config.vocab_size, 9))
     model.llm.generation_config.eos_token_id = stops
-    beam = {"num_beams": 3, "max_new_tokens": 12}
 
     def log_prob(batch, ids):  # of a hypothesis, up to its end
         ends = [i for i, token in enumerate(ids) if token in stops]
@@ -430,10 +445,10 @@ def test_beams_compete_by_probability_and_not_by_its_mean_a_token(paths, monkeyp
 
     for row in read_manifest([paths.manifest]):
         batch = make_batch(model, [row])
-        gains.append(log_prob(batch, model.generate(beam, **batch)[0].tolist()))
+        gains.append(log_prob(batch, model.generate(3, **batch)[0].tolist()))
         with monkeypatch.context() as patch:
             patch.setattr(model.llm, "generate", by_mean)
-            mean = model.generate(beam, **batch)[0].tolist()
+            mean = model.generate(3, **batch)[0].tolist()
         gains[-1] -= log_prob(batch, mean)
     assert min(gains) > -1e-3 and max(gains) > 0.1
 
