@@ -13,6 +13,7 @@ evaluation's manifests greedily, and OUTPUT_DIR/curve.md has a row for each.
 import hashlib
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,18 +30,9 @@ HEAD = "utterances | loss | listening gap | greedy WER\n---|---|---|---\n"
 
 
 def change(name: str, value: str) -> None:
-    """Give a number of model.py, the prompt or the blank another value."""
+    """Give a number of model.py or the prompt another value, or leave rms_norm out."""
     if name == "prompt":
         model.DEFAULTS["prompt"] = value.replace("\\n", "\n")
-    elif name == "blank":
-        load = train.load
-
-        def load_with_blank(**options):
-            speech_llm = load(**options)
-            speech_llm.blank = model.encode(speech_llm.tokenizer, value)[-1]
-            return speech_llm
-
-        train.load = load_with_blank
     elif (name, value) == ("rms_norm", "off"):
         model.F.rms_norm = lambda x, shape: x
     elif isinstance(getattr(model, name, None), int | float):
@@ -49,27 +41,20 @@ def change(name: str, value: str) -> None:
         sys.exit(f"{sys.argv[0]}: model.py has no number {name}; there are BLANK_COSINE, CTC_...")
 
 
-def encode_once(known: dict[str, torch.Tensor]) -> None:
-    """Let no encoder compute what is known; what it computes is added."""
-    load = train.load
+def load(known: dict[str, torch.Tensor], blank: str, **options):
+    """model.load, with another blank, and an encoder that adds to `known` what it computes."""
+    speech_llm = model.load(**options)
+    speech_llm.blank = model.encode(speech_llm.tokenizer, blank)[-1]
+    compute, name = speech_llm.encoder.forward, speech_llm.settings["whisper_model_name_or_path"]
 
-    def load_and_remember(**options):
-        speech_llm = load(**options)
-        compute, name = (
-            speech_llm.encoder.forward,
-            speech_llm.settings["whisper_model_name_or_path"],
-        )
+    def forward(mel: torch.Tensor) -> torch.Tensor:
+        key = f"{name} {hashlib.sha256(mel.float().cpu().numpy().tobytes()).hexdigest()}"
+        if key not in known:
+            known[key] = compute(mel).detach().clone()
+        return known[key]
 
-        def forward(mel):
-            key = f"{name} {hashlib.sha256(mel.float().cpu().numpy().tobytes()).hexdigest()}"
-            if key not in known:
-                known[key] = compute(mel).detach().clone()
-            return known[key]
-
-        speech_llm.encoder.forward = forward
-        return speech_llm
-
-    train.load = load_and_remember
+    speech_llm.encoder.forward = forward
+    return speech_llm
 
 
 @torch.no_grad()
@@ -95,15 +80,15 @@ def curve(args: train.TrainingArguments) -> str:
 
 def main() -> None:
     split = sys.argv.index("--")
-    encoded, *settings = sys.argv[1:split]
-    known = torch.load(encoded) if Path(encoded).exists() else {}
-    size = len(known)
-    for setting in settings:
-        change(*setting.split("=", 1))
-    encode_once(known)
-    train.main(sys.argv[split + 1 :])
-    parser = HfArgumentParser(train.TrainingArguments)
-    [args] = parser.parse_args_into_dataclasses(sys.argv[split + 1 :])
+    encoded, settings, arguments = Path(sys.argv[1]), sys.argv[2:split], sys.argv[split + 1 :]
+    given = dict(setting.split("=", 1) for setting in settings)
+    known = torch.load(encoded) if encoded.exists() else {}
+    size, blank = len(known), given.pop("blank", " ")
+    for name, value in given.items():
+        change(name, value)
+    train.load = partial(load, known, blank)
+    train.main(arguments)
+    [args] = HfArgumentParser(train.TrainingArguments).parse_args_into_dataclasses(arguments)
     table = curve(args)
     if len(known) > size:
         torch.save(known, encoded)
