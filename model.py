@@ -5,7 +5,6 @@ second), E encoder positions (50 a second), C encoder width, A audio positions (
 width, T tokens.
 """
 
-import sys
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gene
 # what to do with the audio behind it, and, a line each, examples: text that was repeated before
 PROMPT = "Repeat word for word:\nshe went to the old house by the sea\nseven three nine\ngood night"
 # metadata of a projector file: its format, to be raised when older code must not read newer files,
-# the encoder positions that the projector joins, and the width of its hidden layer
+# the encoder positions that the projector joins, the width of its hidden layer, and the prompt
 DEFAULTS = {"format": "3", "stride": "5", "hidden_dim": "2048", "prompt": PROMPT}
 SETTINGS = {"llm_model_name_or_path", "whisper_model_name_or_path", "stride", "prompt"}
 CTC_PIECES = 8192  # word pieces that the CTC loss always tells apart: the first are the most common
@@ -41,7 +40,7 @@ def run(main) -> None:
     try:
         main()
     except (InputError, OSError) as error:
-        sys.exit(f"{sys.argv[0]}: {str(error).rsplit('InputError: ', 1)[-1].strip()}")
+        raise SystemExit(f"error: {str(error).rsplit('InputError: ', 1)[-1].strip()}") from None
 
 
 def encode(tokenizer, text: str) -> list[int]:
@@ -153,7 +152,7 @@ class SpeechLLM(nn.Module):
     def splice(self, audio: Tensor, lengths: Tensor, labels: Tensor, beams: int = 1) -> dict:
         """The LLM's input, padded on the left: prompt, audio less its blanks, and answer.
 
-        Of the prompt, what is before the audio is in the cache, for `beams` times B rows, if any.
+        What is before the audio is in a cache, for `beams` times B rows, where one is allowed.
         """
         # gradient checkpointing allows none, nor does a state that is more than keys and values
         cached = not (self.llm.is_activation_checkpointing or self.llm._is_stateful)
@@ -192,12 +191,12 @@ class SpeechLLM(nn.Module):
     def generate(self, num_beams: int, encoder_lengths, mel, labels, transcripts=None) -> Tensor:
         """New token ids (B, T), filled up with `end_id`.
 
-        A hypothesis has at most as many tokens as the LLM reads positions from the audio on. What
-        is longer was a loop, and has to compete with what it is worth when it ends there.
+        A hypothesis has at most as many tokens, its end included, as there are positions of audio
+        and of the prompt after it: so loops end. It pays for that end what the LLM asks for it.
         """
         inputs = self.splice(*self.project(encoder_lengths, mel), labels[:, :0], num_beams)
         mask, embeds = inputs["attention_mask"], inputs["inputs_embeds"]
-        # of each beam, (B * num_beams, 1)
+        # the most tokens of each beam's hypothesis, (B * num_beams, 1)
         most = mask.repeat_interleave(num_beams, 0).sum(1, True) - len(self.before)
 
         def limit(ids: Tensor, scores: Tensor) -> Tensor:
@@ -254,7 +253,7 @@ def load(projector_model_path=None, dtype=torch.float32, **given):
     settings = {**DEFAULTS, **saved, **given}
     # on a CPU in bfloat16, eager attention trains 1.4 times as fast as torch's own
     eager = dtype == torch.bfloat16 and not torch.accelerator.is_available()
-    options = {"dtype": dtype, "attn_implementation": "eager" if eager else None}
+    options = {"dtype": dtype, "attn_implementation": "eager" if eager else None, "use_cache": True}
     try:
         encoder = whisper.load_model(settings["whisper_model_name_or_path"], "cpu").encoder
         tokenizer = AutoTokenizer.from_pretrained(settings["llm_model_name_or_path"])

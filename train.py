@@ -7,7 +7,7 @@ All arguments of the Hugging Face Trainer are understood. Started again with the
 goes on from the newest checkpoint in `output_dir`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -34,9 +34,9 @@ class TrainingArguments(transformers.TrainingArguments):
     eval_strategy: str = HfArg(default="no", aliases=["--evaluation_strategy"], help="When.")
     warmup_steps: float = HfArg(default=0, aliases=["--warmup_ratio"], help="Below 1: a ratio.")
     # collate needs all columns, and every step uses the whole projector
-    remove_unused_columns: bool = False
-    ddp_find_unused_parameters: bool | None = False
-    use_cpu: bool = not torch.accelerator.is_available()
+    remove_unused_columns: bool = field(default=False, init=False)
+    ddp_find_unused_parameters: bool | None = field(default=False, init=False)
+    use_cpu: bool = HfArg(default=not torch.accelerator.is_available(), help="No accelerator.")
 
 
 class ProjectorTrainer(transformers.Trainer):
@@ -57,10 +57,11 @@ class ProjectorTrainer(transformers.Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Log the loss, the loss with each utterance's audio taken from the next, and their gap."""
-        rows, name = eval_dataset or self.eval_dataset, metric_key_prefix
+        rows, name, metrics = eval_dataset or self.eval_dataset, metric_key_prefix, {}
         swapped = [row | {"_path": other["_path"]} for row, other in zip(rows, rows[1:] + rows[:1])]
-        metrics = super().evaluate(rows, ignore_keys, name)
-        metrics |= super().evaluate(swapped, ignore_keys, f"{name}_swapped")
+        for part, prefix in ((rows, name), (swapped, f"{name}_swapped")):
+            self._eval_dataloaders = {}  # persistent workers would go on with the other part
+            metrics |= super().evaluate(part, ignore_keys, prefix)
         gap = {f"{name}_listening_gap": metrics[f"{name}_swapped_loss"] - metrics[f"{name}_loss"]}
         self.log(gap)
         return metrics | gap
@@ -90,9 +91,9 @@ def main(argv: list[str] | None = None) -> None:
     collator = partial(collate, **model.collation, max_length=args.model_max_length)
     trainer = ProjectorTrainer(model, args, collator, train_rows, eval_rows)
     # the newest checkpoint that was written whole: its trainer_state.json comes last
-    whole = [str(x.parent) for x in Path(args.output_dir).glob("checkpoint-*/trainer_state.json")]
-    newest = max(whole, key=lambda path: int(path.rsplit("-", 1)[1]), default=None)
-    trainer.train(args.resume_from_checkpoint or newest)
+    whole = Path(args.output_dir).glob("checkpoint-[0-9]*/trainer_state.json")
+    newest = max(whole, key=lambda path: int(path.parts[-2].split("-")[1]), default=None)
+    trainer.train(args.resume_from_checkpoint or (newest and str(newest.parent)))
     trainer.save_model()
     if eval_rows:
         trainer.evaluate()

@@ -37,9 +37,7 @@ def code_lines(path: Path) -> int:
 
 if __name__ == "__main__":
     counts = {
-        name: code_lines(Path(name))
-        for name in ("model.py", "data.py", "recognize.py", "train.py")
-        if Path(name).exists()
+        name: code_lines(Path(name)) for name in ("model.py", "data.py", "recognize.py", "train.py")
     }
     print(
         ", ".join(f"{name} {n}" for name, n in counts.items()),

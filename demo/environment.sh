@@ -8,9 +8,9 @@ fail() {
 }
 
 python=${PYTHON:-python3}
-command -v "$python" > /dev/null || fail "no $python: install Python 3.10 or newer, or set PYTHON"
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
-    || fail "$("$python" --version) is too old: wanted is 3.10 or newer; set PYTHON to one"
+command -v "$python" > /dev/null || fail "no $python: install Python 3.11 or newer, or set PYTHON"
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+    || fail "$("$python" --version) is too old: wanted is 3.11 or newer; set PYTHON to one"
 installed=.venv/installed-$(cat "$@" | cksum | cut -d ' ' -f 1)
 if [ -e "$installed" ]; then
     echo "== .venv: there already"

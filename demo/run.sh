@@ -41,7 +41,7 @@ if [ ! -e $untrained/model.safetensors ]; then
 fi
 recognize $untrained
 
-if [ ! -e $trained/model.safetensors ]; then
+if [ ! -e $trained/trainer_state.json ]; then
     echo "== $trained: training; when it is stopped, the same command goes on"
     SECONDS=0
     train --output_dir $trained --max_steps 900 --learning_rate 1e-3 --ctc_first 0.67 \

@@ -400,7 +400,16 @@ def test_sampling_and_penalties_of_a_chat_model_are_dropped_but_its_stops_kept(p
     assert chat.llm.generation_config.repetition_penalty is None
 
 
-def test_decoding_ends_at_the_end_of_turn_and_at_the_models_own_stops(paths):
+def test_an_llm_that_was_saved_without_its_cache_has_one(paths, tmp_path):
+    model = load_tiny(paths)
+    model.llm.config.use_cache = False
+    model.llm.save_pretrained(tmp_path)
+    model.tokenizer.save_pretrained(tmp_path)
+    again = load(llm_model_name_or_path=str(tmp_path), whisper_model_name_or_path=paths.whisper)
+    assert again.prompt_cache(2).get_seq_length() == len(model.before)
+
+
+def test_decoding_ends_at_the_llms_own_stops_too(paths):
     model = load_tiny(paths)
     batch = make_batch(model, read_manifest([paths.manifest])[:1])
     model.llm.generation_config.eos_token_id = None

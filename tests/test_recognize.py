@@ -42,7 +42,7 @@ def test_jsonl_keeps_every_key_in_the_order_of_the_manifest(paths, projector, tm
     assert [result["txt"] for result in results] == tiny.TEXTS
     assert all(set(result) == {"wav", "txt", "hyp"} for result in results)
     printed = capsys.readouterr()
-    assert "WER" in printed.out and "1/1" in printed.err
+    assert "WER" in printed.out and " 1/1 [" in printed.err
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
 
 

@@ -75,7 +75,7 @@ def test_a_ctranslate2_whisper_becomes_the_whisper_it_was(tmp_path):
 
 def test_no_sentence_of_the_demo_is_in_two_sets():
     drawn = speech.sentences(seed=0)
-    assert len(drawn["train"]) >= 400 and len(drawn["test"]) >= 100
+    assert len(drawn["train"]) == 1000 and len(drawn["test"]) == 100
     assert len({text for texts in drawn.values() for text in texts}) == sum(
         map(len, drawn.values())
     )
