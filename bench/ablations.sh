@@ -3,8 +3,8 @@
 #
 #     bash bench/ablations.sh TRAIN.jsonl DEV.jsonl LLM WHISPER.pt OUT
 #
-# from the repository's root. 3,200 English utterances are seen, of which the CTC loss has the first
-# half to itself. Transcripts are made lower-case and lose their punctuation, in all but one arm. A
+# from the repository's root. 3,200 English utterances of at most 5 s are seen, of which the CTC loss
+# has the first half to itself. Transcripts are made lower-case and lose their punctuation, in all but one arm. A
 # curve that is there already is not computed again, so that it can be stopped and go on.
 set -euo pipefail
 train=$1 dev=$2 llm=$3 whisper=$4 out=$5
@@ -16,13 +16,18 @@ import re
 import sys
 from pathlib import Path
 
+import soundfile
+
 *manifests, out = map(Path, sys.argv[1:])
-for manifest, name, share in zip(manifests, ("train", "dev"), (1, 5)):  # every fifth of dev
-    rows = [json.loads(line) for line in manifest.read_text().splitlines()][::share]
+# every fifth utterance of dev
+for manifest, name, share, most in zip(manifests, ("train", "dev"), (1, 5), (5, float("inf"))):
+    rows = [json.loads(line) for line in manifest.read_text().strip().split("\n")][::share]
     published, lower = Path(out, f"{name}.jsonl"), Path(out, f"{name}.lower.jsonl")
     with published.open("w") as a, lower.open("w") as b:
         for row in rows:
             row["wav"] = str((manifest.parent / row["wav"]).resolve())
+            if soundfile.info(row["wav"]).duration > most:
+                continue
             print(json.dumps(row), file=a)
             row["txt"] = " ".join(re.sub("[^a-z' ]", " ", row["txt"].lower()).split())
             print(json.dumps(row), file=b)
