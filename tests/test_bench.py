@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from model import SpeechLLM, encode
+
 BENCH = Path(__file__).parents[1] / "bench"
 
 
@@ -41,3 +43,20 @@ def test_repeating_is_scored_for_each_prompt(paths):
     lines = bench("repeat.py", paths.qwen, paths.manifest, "Say it.", r"Say it.\nyes").splitlines()
     assert [line.split(" | ")[1] for line in lines] == ["Say it.", r"Say it.\nyes"]
     assert all("WER" in line for line in lines)
+
+
+def test_greedy_ctc_merges_repetitions_and_drops_blanks(paths, projector, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import ctc
+
+    def project(model, encoder_lengths, mel):
+        ids = [x for token in encode(model.tokenizer, "up") for x in (token, token, model.blank)]
+        audio = model.llm.get_input_embeddings()(torch.tensor(ids + ids[:1]))
+        rows = len(encoder_lengths)
+        return audio.expand(rows, -1, -1), torch.full((rows,), len(ids))  # the last is padding
+
+    monkeypatch.setattr(SpeechLLM, "project", project)
+    ctc.main(projector, paths.manifest)
+    *lines, score = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8 and all(line.endswith(" | up") for line in lines)
+    assert score.startswith("WER")

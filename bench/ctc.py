@@ -1,0 +1,48 @@
+"""What does the audio say before the LLM reads it? Greedy CTC of a trained projector, scored:
+
+    python bench/ctc.py PROJECTOR.safetensors MANIFEST.jsonl
+
+Each position of the projected audio becomes the token whose embedding is nearest; repetitions are
+merged and blanks dropped. Where this is wrong the LLM can only guess; where it is right and
+recognize.py is not, the LLM does not read what is there.
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import model
+from data import collate, read_manifest
+from recognize import score
+
+
+@torch.inference_mode()
+def main(projector: str, manifest: str) -> None:
+    rows = read_manifest([manifest])
+    speech_llm = model.load(projector).eval()
+    collator = partial(collate, **speech_llm.collation)
+    ids = torch.arange(speech_llm.llm.config.vocab_size)
+    embeddings = speech_llm.llm.get_input_embeddings()(ids)  # (V, D)
+    hypotheses = []
+    for batch in tqdm(DataLoader(rows, 8, collate_fn=collator, num_workers=1)):
+        audio, lengths = speech_llm.project(batch["encoder_lengths"], batch["mel"])
+        for positions, length in zip(audio, lengths):
+            tokens = (positions[:length] @ embeddings.T).argmax(-1).unique_consecutive()
+            hypotheses.append(
+                speech_llm.tokenizer.decode(tokens[tokens != speech_llm.blank]).strip()
+            )
+    for row, hypothesis in list(zip(rows, hypotheses))[:8]:
+        print(f"{row['txt']} | {hypothesis}")
+    print(score([row["txt"] for row in rows], hypotheses))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python bench/ctc.py PROJECTOR.safetensors MANIFEST.jsonl")
+    model.run(lambda: main(*sys.argv[1:]))
