@@ -198,9 +198,9 @@ class SpeechLLM(nn.Module):
         mask, embeds = inputs["attention_mask"], inputs["inputs_embeds"]
         # the most tokens of each beam's hypothesis, (B * num_beams, 1)
         most = mask.repeat_interleave(num_beams, 0).sum(1, True) - len(self.before)
+        end = torch.arange(self.llm.config.vocab_size, device=mask.device) == self.end_id
 
         def limit(ids: Tensor, scores: Tensor) -> Tensor:
-            end = torch.arange(scores.shape[1], device=scores.device) == self.end_id
             return scores.where(end | (ids.shape[1] < most - 1), -torch.inf)
 
         # generate() wants a place for what is in the cache

@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer = ProjectorTrainer(model, args, collator, train_rows, eval_rows)
     # the newest checkpoint that was written whole: its trainer_state.json comes last
     whole = Path(args.output_dir).glob("checkpoint-[0-9]*/trainer_state.json")
-    newest = max(whole, key=lambda path: int(path.parts[-2].split("-")[1]), default=None)
+    newest = max(whole, key=lambda path: int(path.parent.name.split("-")[1]), default=None)
     trainer.train(args.resume_from_checkpoint or (newest and str(newest.parent)))
     trainer.save_model()
     if eval_rows:

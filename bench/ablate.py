@@ -41,10 +41,11 @@ def change(name: str, value: str) -> None:
         sys.exit(f"{sys.argv[0]}: model.py has no number {name}; there are BLANK_COSINE, CTC_...")
 
 
-def load(known: dict[str, torch.Tensor], blank: str, **options):
-    """model.load, with another blank, and an encoder that adds to `known` what it computes."""
+def load(known: dict[str, torch.Tensor], blank: str | None, **options):
+    """model.load, with `blank` if given, and an encoder that adds to `known` what it computes."""
     speech_llm = model.load(**options)
-    speech_llm.blank = model.encode(speech_llm.tokenizer, blank)[-1]
+    if blank is not None:
+        speech_llm.blank = model.encode(speech_llm.tokenizer, blank)[-1]
     compute, name = speech_llm.encoder.forward, speech_llm.settings["whisper_model_name_or_path"]
 
     def forward(mel: torch.Tensor) -> torch.Tensor:
@@ -83,7 +84,7 @@ def main() -> None:
     encoded, settings, arguments = Path(sys.argv[1]), sys.argv[2:split], sys.argv[split + 1 :]
     given = dict(setting.split("=", 1) for setting in settings)
     known = torch.load(encoded) if encoded.exists() else {}
-    size, blank = len(known), given.pop("blank", " ")
+    size, blank = len(known), given.pop("blank", None)
     for name, value in given.items():
         change(name, value)
     train.load = partial(load, known, blank)

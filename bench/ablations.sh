@@ -4,8 +4,9 @@
 #     bash bench/ablations.sh TRAIN.jsonl DEV.jsonl LLM WHISPER.pt OUT
 #
 # from the repository's root. 3,200 English utterances of at most 5 s are seen, of which the CTC loss
-# has the first half to itself. Transcripts are made lower-case and lose their punctuation, in all but one arm. A
-# curve that is there already is not computed again, so that it can be stopped and go on.
+# has the first half to itself. Transcripts are made lower-case and lose their punctuation, in all
+# but one arm. A curve that is there already is not computed again, so that it can be stopped and go
+# on.
 set -euo pipefail
 train=$1 dev=$2 llm=$3 whisper=$4 out=$5
 mkdir -p "$out"
