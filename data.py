@@ -11,7 +11,6 @@ from pathlib import Path
 import soundfile
 import soxr
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from whisper.audio import HOP_LENGTH, N_SAMPLES, SAMPLE_RATE, log_mel_spectrogram, pad_or_trim
 
 from model import IGNORE, InputError, encode
@@ -21,22 +20,22 @@ SILENCE = SAMPLE_RATE // 2  # samples, at least, behind speech of less than 30 s
 
 
 def read_manifest(paths: list[str], need_text: bool = True) -> list[dict]:
-    """All utterances of the manifests in order, each with where its audio is as `_path`.
+    """All utterances of the manifests in order, with `_path` and `_size` (bytes) of their audio.
 
     A relative `wav` is relative to its manifest. InputError with file:line for a bad line.
     """
     rows = []
-    for manifest in map(Path, paths):
-        for number, line in enumerate(manifest.read_bytes().split(b"\n"), start=1):
-            if line.strip():
-                rows.append(parse_line(line, f"{manifest}:{number}", manifest.parent, need_text))
+    for path in map(Path, paths):
+        lines = enumerate(path.read_bytes().split(b"\n"), start=1)
+        rows += [parse_line(x, path, i, need_text) for i, x in lines if x.strip()]
     if not rows:
         raise InputError(f"{', '.join(paths)}: no utterance in it; wanted JSONL lines")
     return rows
 
 
-def parse_line(line: bytes, where: str, folder: Path, need_text: bool) -> dict:
-    """One utterance of a manifest; `where` (file:line) is for its InputError."""
+def parse_line(line: bytes, manifest: Path, number: int, need_text: bool) -> dict:
+    """One utterance of a manifest; `number` is the line's, for its InputError."""
+    where = f"{manifest}:{number}"
     try:
         row = dict(json.loads(line))
     except (ValueError, TypeError) as error:
@@ -44,10 +43,10 @@ def parse_line(line: bytes, where: str, folder: Path, need_text: bool) -> dict:
     for key in ("wav", "txt") if need_text or "txt" in row else ("wav",):
         if not isinstance(row.get(key), str):
             raise InputError(f'{where}: "{key}" must be a string, got {row.get(key)!r}')
-    path = folder / row["wav"]
+    path = manifest.parent / row["wav"]
     if not path.is_file():
         raise InputError(f'{where}: "wav" names {path}, which is no file')
-    return {**row, "_path": str(path)}
+    return {**row, "_path": str(path), "_size": path.stat().st_size}
 
 
 def load_audio(path: str):
@@ -65,9 +64,10 @@ def load_audio(path: str):
 def log_mel(audio, n_mels: int) -> torch.Tensor:
     """Audio (S,) -> log-mel of one window, or of as many of 30 s as it fills: (W, M, F).
 
-    The window is the speech and a little silence, not 30 s: its size follows from S alone.
+    The window is the speech and a little silence, not 30 s. Its size follows from S alone, in steps
+    of `SILENCE`, so that windows of one size are many.
     """
-    size = min(N_SAMPLES, -(-(len(audio) + SILENCE) // SAMPLES_PER_POSITION) * SAMPLES_PER_POSITION)
+    size = min(N_SAMPLES, (len(audio) // SILENCE + 2) * SILENCE)
     mel = log_mel_spectrogram(pad_or_trim(audio, -(-len(audio) // size) * size), n_mels)  # (M, WF)
     return mel.unflatten(1, (-1, size // HOP_LENGTH)).transpose(0, 1)  # (W, M, F)
 
@@ -79,14 +79,14 @@ def collate(rows, tokenizer, end_id, n_mels, stride, max_length=float("inf")) ->
     """
     audios = [load_audio(row["_path"]) for row in rows]
     lengths = torch.tensor([-(-len(audio) // SAMPLES_PER_POSITION) for audio in audios])
+    texts = [row.get("txt", "") for row in rows]
     # the first label is predicted from a position without one
-    answers = [[IGNORE, *encode(tokenizer, row.get("txt", "")), end_id] for row in rows]
+    answers = [torch.tensor([IGNORE, *encode(tokenizer, text), end_id]) for text in texts]
     for row, length, answer in zip(rows, lengths, answers):
         if (size := -(-length // stride) + len(answer) - 1) > max_length:
             raise InputError(f"{row['_path']}: --model_max_length {max_length} is less than {size}")
     # the lengths first, as the Trainer takes B from them
     batch = {"encoder_lengths": lengths, "mel": [log_mel(audio, n_mels) for audio in audios]}
-    batch["labels"] = pad_sequence([torch.tensor(x) for x in answers], True, IGNORE, "left")
+    batch["labels"] = torch.nn.utils.rnn.pad_sequence(answers, True, IGNORE, "left")
     # a space in front, so that a word has the same pieces wherever it stands
-    texts = [encode(tokenizer, f" {row.get('txt', '')}") for row in rows]
-    return batch | {"transcripts": [torch.tensor(x) for x in texts]}
+    return batch | {"transcripts": [torch.tensor(encode(tokenizer, f" {x}")) for x in texts]}

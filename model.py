@@ -22,7 +22,6 @@ PROMPT = "Repeat word for word:\nshe went to the old house by the sea\nseven thr
 # metadata of a projector file: its format, to be raised when older code must not read newer files,
 # the encoder positions that the projector joins, the width of its hidden layer, and the prompt
 DEFAULTS = {"format": "3", "stride": "5", "hidden_dim": "2048", "prompt": PROMPT}
-SETTINGS = {"llm_model_name_or_path", "whisper_model_name_or_path", "stride", "prompt"}
 CTC_PIECES = 8192  # word pieces that the CTC loss always tells apart: the first are the most common
 CTC_SHARPNESS = 14.0  # logit of a position that equals a typical embedding; no certainty far off it
 BLANK_COSINE = 0.7  # audio nearer than this to the blank's embedding is not shown to the LLM
@@ -83,6 +82,11 @@ class Projector(nn.Module):
         return F.rms_norm(self.output(F.relu(self.hidden(x))), self.output.bias.shape)  # (B, A, D)
 
 
+def forget_frozen(module: nn.Module, keys) -> None:
+    """Let a projector file be all that there is to load."""
+    keys.missing_keys[:] = [key for key in keys.missing_keys if key.startswith("projector.")]
+
+
 class SpeechLLM(nn.Module):
     """An LLM that reads speech within its prompt; only the projector learns.
 
@@ -105,8 +109,9 @@ class SpeechLLM(nn.Module):
         self.projector = Projector(encoder.conv1.out_channels, embeddings.shape[1], hidden, stride)
         self.activation_checkpointing_enable = llm.activation_checkpointing_enable
         stops = torch.tensor(llm.generation_config.eos_token_id or []).flatten().tolist()
-        ends = {"eos_token_id": [self.end_id, *stops], "pad_token_id": self.end_id}
-        llm.generation_config = GenerationConfig(**ends)  # no sampling, no penalties of a chat
+        # no sampling, no penalties of a chat
+        llm.generation_config = GenerationConfig(eos_token_id=[self.end_id, *stops])
+        self.register_load_state_dict_post_hook(forget_frozen)
         self.ctc_losses: list[Tensor] = []  # each (B,), until a log is written
         # what data.collate is to know: 80 mel bins, or 128 from large-v3 on
         self.collation = {"tokenizer": tokenizer, "end_id": self.end_id, "stride": stride}
@@ -117,19 +122,17 @@ class SpeechLLM(nn.Module):
         """Keys and values of the tokens before the audio, which are the same in every batch."""
         return self.llm(torch.tensor([self.before], device=self.llm.device)).past_key_values.layers
 
-    def prompt_cache(self, rows: int) -> DynamicCache:
-        """A cache of the tokens before the audio: keys and values (rows, heads, T, width)."""
-        kv = [[x.expand(rows, -1, -1, -1) for x in (y.keys, y.values)] for y in self.prompt_layers]
-        return DynamicCache(kv, config=self.llm.config)
-
-    def project(self, encoder_lengths: Tensor, mel: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def project(self, encoder_lengths, mel, **_) -> tuple[Tensor, Tensor]:
         """Audio (B, A, D), each position as long as a typical embedding, and true lengths (B,)."""
-        encoded = []
-        for windows, length in zip(mel, encoder_lengths):
+        encoded = [None] * len(mel)
+        for frames in {x.shape[2] for x in mel}:  # windows of one size at once
+            places = [i for i, x in enumerate(mel) if x.shape[2] == frames]
+            windows = torch.cat([mel[i] for i in places]).to(self.llm.dtype)
             # Whisper's encoder is made for 30 s, but its positions are sines, and end anywhere
-            positions = self.encoder.positional_embedding[: windows.shape[-1] // 2]
-            inputs = {"positional_embedding": positions}, windows.to(self.llm.dtype)
-            encoded.append(func.functional_call(self.encoder, *inputs).flatten(0, 1)[:length])
+            positions = {"positional_embedding": self.encoder.positional_embedding[: frames // 2]}
+            outputs = func.functional_call(self.encoder, positions, windows)
+            for i, x in zip(places, outputs.split([len(mel[i]) for i in places])):
+                encoded[i] = x.flatten(0, 1)[: encoder_lengths[i]]  # (E, C)
         audio = self.rms * self.projector(pad_sequence(encoded, True).to(self.projector.conv.bias))
         return audio, -(-encoder_lengths // self.projector.conv.stride[0])
 
@@ -156,8 +159,8 @@ class SpeechLLM(nn.Module):
         """
         # gradient checkpointing allows none, nor does a state that is more than keys and values
         cached = not (self.llm.is_activation_checkpointing or self.llm._is_stateful)
-        cache = self.prompt_cache(len(audio) * beams) if cached else None
-        start = len(self.before) if cached else 0
+        start, past = (len(self.before), self.prompt_layers) if cached else (0, [])
+        kv = [[x.expand(len(audio) * beams, -1, -1, -1) for x in (y.keys, y.values)] for y in past]
         tails = [torch.cat([labels.new_tensor(self.after), x[x != IGNORE]]) for x in labels]
         ids = [labels.new_tensor([self.blank]), labels.new_tensor(self.before[start:]), *tails]
         text = self.llm.get_input_embeddings()(torch.cat(ids)).split([len(x) for x in ids])
@@ -168,17 +171,18 @@ class SpeechLLM(nn.Module):
         mask = F.pad(mask, (start, 0), value=1)  # is of the cache as well
         inputs = {"attention_mask": mask, "position_ids": mask.cumsum(1)[:, start:] - 1}
         inputs["inputs_embeds"] = pad_sequence(rows, True, padding_side="left")
+        cache = DynamicCache(kv, config=self.llm.config) if cached else None
         return inputs | {"past_key_values": cache}
 
-    def forward(self, labels, num_items_in_batch=None, ctc_weight=0.0, ctc_alone=False, **speech):
+    def forward(self, labels, num_items_in_batch=None, ctc_weight=0.0, ctc_alone=False, **batch):
         """The LLM's loss, of the answers alone, and the weighted CTC loss, in nats a label.
 
         A mean over `num_items_in_batch` labels (all of an optimizer's step), or else over its own.
         """
-        audio, lengths = self.project(speech["encoder_lengths"], speech["mel"])
+        audio, lengths = self.project(**batch)
         items, loss = num_items_in_batch or (labels != IGNORE).sum(), 0.0
         if ctc_weight:
-            losses = self.ctc_loss(audio, lengths, speech["transcripts"])
+            losses = self.ctc_loss(audio, lengths, batch["transcripts"])
             self.ctc_losses.append(losses.detach())
             loss = ctc_weight * losses.sum() / items
         if not ctc_alone:
@@ -188,26 +192,23 @@ class SpeechLLM(nn.Module):
             loss = loss + self.llm(**inputs, labels=labels, num_items_in_batch=items).loss
         return {"loss": loss}
 
-    def generate(self, num_beams: int, encoder_lengths, mel, labels, transcripts=None) -> Tensor:
+    def generate(self, num_beams: int, **batch) -> Tensor:
         """New token ids (B, T), filled up with `end_id`.
 
         A hypothesis has at most as many tokens, its end included, as there are positions of audio
         and of the prompt after it: so loops end. It pays for that end what the LLM asks for it.
         """
-        inputs = self.splice(*self.project(encoder_lengths, mel), labels[:, :0], num_beams)
+        inputs = self.splice(*self.project(**batch), batch["labels"][:, :0], num_beams)
         mask, embeds = inputs["attention_mask"], inputs["inputs_embeds"]
+        # generate() wants a place for what is in the cache
+        inputs["inputs_embeds"] = F.pad(embeds, (0, 0, mask.shape[1] - embeds.shape[1], 0))
         # the most tokens of each beam's hypothesis, (B * num_beams, 1)
         most = mask.repeat_interleave(num_beams, 0).sum(1, True) - len(self.before)
         end = torch.arange(self.llm.config.vocab_size, device=mask.device) == self.end_id
-
-        def limit(ids: Tensor, scores: Tensor) -> Tensor:
-            return scores.where(end | (ids.shape[1] < most - 1), -torch.inf)
-
-        # generate() wants a place for what is in the cache
-        inputs["inputs_embeds"] = F.pad(embeds, (0, 0, mask.shape[1] - embeds.shape[1], 0))
+        limit = [lambda x, scores: scores.where(end | (x.shape[1] < most - 1), -torch.inf)]
         # hypotheses compete by their probability; the usual mean of a token's rewards loops
         beam = {"num_beams": num_beams, "max_new_tokens": int(most.max()), "length_penalty": 0.0}
-        return self.llm.generate(**inputs, **beam, logits_processor=[limit])
+        return self.llm.generate(**inputs, **beam, logits_processor=limit, pad_token_id=self.end_id)
 
     def save_projector(self, path: Path) -> None:
         """Write the projector's weights, with the settings as metadata, as safetensors."""
@@ -216,51 +217,32 @@ class SpeechLLM(nn.Module):
         part.write_bytes(save(self.projector.state_dict(prefix="projector."), self.settings))
         part.replace(path)
 
-    def load_projector(self, path: Path) -> None:
-        """Read the projector's weights; InputError where they are not for these models."""
-        read_settings(path, self.settings)
-        nn.ModuleDict({"projector": self.projector}).load_state_dict(load_file(path))
-
-
-def read_settings(path: Path, wanted: dict[str, str]) -> dict[str, str]:
-    """The settings in a projector file; InputError where it is none, or `wanted` differs.
-
-    A model may have moved: only the last part of its path, without ".pt", must be the same.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            settings = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be read as a projector file: {error}") from error
-    if settings.get("format") != DEFAULTS["format"]:
-        raise InputError(f"{path} is no projector file of this version of train.py")
-    for key in wanted.keys() & settings.keys():
-        part = (lambda x: Path(x).name.removesuffix(".pt")) if key.endswith("path") else str
-        if part(wanted[key]) != part(settings[key]):
-            raise InputError(f"{path} is for --{key} {settings[key]!r}, not {wanted[key]!r}")
-    return settings
-
 
 def load(projector_model_path=None, dtype=torch.float32, **given):
     """A SpeechLLM, on the CPU.
 
     Of a command's arguments, `given`, these count: llm_model_name_or_path (for transformers' Auto
     classes), whisper_model_name_or_path (a name of openai-whisper's or a .pt file), stride and
-    prompt. What is missing or None is the projector file's, or else the default.
+    prompt. What is missing or None is the projector file's, or else the default. InputError where
+    they differ; but a model may have moved: the last part of its path must be the same.
     """
-    given = {key: str(given[key]) for key in SETTINGS if given.get(key) is not None}
-    saved = read_settings(projector_model_path, given) if projector_model_path else {}
-    settings = {**DEFAULTS, **saved, **given}
-    # on a CPU in bfloat16, eager attention trains 1.4 times as fast as torch's own
-    eager = dtype == torch.bfloat16 and not torch.accelerator.is_available()
-    options = {"dtype": dtype, "attn_implementation": "eager" if eager else None, "use_cache": True}
+    known, saved = {*DEFAULTS, "llm_model_name_or_path", "whisper_model_name_or_path"}, {}
+    given = {key: str(given[key]) for key in known & given.keys() if given[key] is not None}
+    options = {"dtype": dtype, "use_cache": True}
     try:
+        if projector_model_path:
+            saved = safe_open(projector_model_path, "pt").metadata() or {}
+            for key, value in {"format": DEFAULTS["format"], **given}.items():
+                was, new = (Path(x).name.removesuffix(".pt") for x in (saved.get(key, ""), value))
+                if was != new:
+                    raise InputError(f"{projector_model_path} is for {key} {was!r}, not {new!r}")
+        settings = {**DEFAULTS, **saved, **given}
         encoder = whisper.load_model(settings["whisper_model_name_or_path"], "cpu").encoder
         tokenizer = AutoTokenizer.from_pretrained(settings["llm_model_name_or_path"])
         llm = AutoModelForCausalLM.from_pretrained(settings["llm_model_name_or_path"], **options)
         model = SpeechLLM(encoder, llm, tokenizer, settings)
         if projector_model_path:
-            model.load_projector(projector_model_path)
-    except (KeyError, OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"the models cannot be loaded, or not together: {error}") from error
+            model.load_state_dict(load_file(projector_model_path))
+    except (KeyError, OSError, RuntimeError, SafetensorError, ValueError) as error:
+        raise InputError(f"cannot load the models, or the projector: {error}") from error
     return model

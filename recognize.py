@@ -9,7 +9,6 @@ Japanese, of the utterances that have a transcript.
 
 import json
 import os
-import re
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,17 +31,22 @@ class Arguments:
     result_path: str = HfArg(help="One hypothesis a line: text if it ends in .txt, else JSONL.")
     num_beams: int = HfArg(default=3, help="Width of the beam; 1 is greedy.")
     batch_size: int = HfArg(default=8, help="Utterances decoded at once.")
+    bf16: bool = HfArg(default=torch.accelerator.is_available(), help="bfloat16, not float32.")
     llm_model_name_or_path: str | None = HfArg(default=None, help="Where it is now, if it moved.")
     whisper_model_name_or_path: str | None = HfArg(default=None, help="Where it is now, likewise.")
 
 
 def recognize(model, rows: list[dict], batch_size: int, num_beams: int):
-    """Yield the hypothesis of each row of a manifest, in order."""
+    """Add its hypothesis as `hyp` to each row of a manifest, and yield it, large files first."""
+    rows = sorted(rows, key=lambda row: -row["_size"])
     collator = partial(collate, **model.collation)
-    for batch in tqdm(DataLoader(rows, batch_size, collate_fn=collator, num_workers=2)):
+    loader = tqdm(DataLoader(rows, batch_size, collate_fn=collator, num_workers=2))
+    for i, batch in enumerate(loader):
         ids = model.generate(num_beams, **send_to_device(batch, model.llm.device))
-        for text in model.tokenizer.batch_decode(ids, skip_special_tokens=True):
-            yield " ".join(text.split())
+        texts = model.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        for row, text in zip(rows[i * batch_size :], texts):
+            row["hyp"] = " ".join(text.split())
+            yield row
 
 
 def score(references: list[str], hypotheses: list[str]) -> str:
@@ -52,14 +56,13 @@ def score(references: list[str], hypotheses: list[str]) -> str:
     """
     text = "".join(references)
     # kana and Chinese characters, which are written without word boundaries
-    cer = len(re.findall("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]", text)) > len(text) / 2
+    cer = sum("\u3040" <= x <= "\u30ff" or "\u3400" <= x <= "\u9fff" for x in text) > len(text) / 2
     english = sum(character.isascii() for character in text) > 0.99 * len(text)
     normalize = EnglishTextNormalizer() if english else BasicTextNormalizer(split_letters=cer)
     out = jiwer.process_words(*([normalize(x) for x in side] for side in (references, hypotheses)))
-    name, unit = ("CER", "characters") if cer else ("WER", "words")
-    rate = f"{100 * out.wer:.2f} % of {out.hits + out.substitutions + out.deletions} {unit}"
     edits = f"{out.substitutions} substituted, {out.deletions} deleted, {out.insertions} inserted"
-    return f"{name} {rate} in {len(references)} utterances: {edits}"
+    rate = f"{'CER' if cer else 'WER'} {100 * out.wer:.2f} % in {len(references)} utterances"
+    return f"{rate}: {out.hits} right, {edits}"
 
 
 @torch.inference_mode()
@@ -69,18 +72,19 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("recognition is one process: start it with python, not torchrun")
     rows = read_manifest(args.data_path, need_text=False)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
     part, plain = f"{args.result_path}.part", args.result_path.endswith(".txt")
     os.makedirs(os.path.dirname(part) or ".", exist_ok=True)
     with open(part, "w", encoding="utf-8") as file:  # if it cannot be, then before models load
         model = load(dtype=dtype, **vars(args)).to(device).eval()
-        for text, row in zip(recognize(model, rows, args.batch_size, args.num_beams), rows):
-            row["hyp"] = text
-            result = {key: row[key] for key in row if key != "_path"}
-            print(text if plain else json.dumps(result, ensure_ascii=False), file=file, flush=True)
+        for row in recognize(model, rows, args.batch_size, args.num_beams):
+            print(json.dumps(row), file=file, flush=True)
+    with open(part, "w", encoding="utf-8") as file:
+        for row in rows:
+            del row["_path"], row["_size"]
+            print(row["hyp"] if plain else json.dumps(row, ensure_ascii=False), file=file)
     os.replace(part, args.result_path)
-    scored = [(row["txt"], row["hyp"]) for row in rows if "txt" in row]
-    if scored:
+    if scored := [(row["txt"], row["hyp"]) for row in rows if "txt" in row]:
         print(score(*zip(*scored)))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 from transformers.hf_argparser import HfArg, HfArgumentParser
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from data import collate, read_manifest
 from model import InputError, load, run
@@ -33,14 +34,27 @@ class TrainingArguments(transformers.TrainingArguments):
     # flags of the published recipe that transformers 5 renamed
     eval_strategy: str = HfArg(default="no", aliases=["--evaluation_strategy"], help="When.")
     warmup_steps: float = HfArg(default=0, aliases=["--warmup_ratio"], help="Below 1: a ratio.")
-    # collate needs all columns, and every step uses the whole projector
+    # collate needs all columns, batches are by length, every step uses the whole projector
     remove_unused_columns: bool = field(default=False, init=False)
+    train_sampling_strategy: str = field(default="random", init=False)
     ddp_find_unused_parameters: bool | None = field(default=False, init=False)
     use_cpu: bool = HfArg(default=not torch.accelerator.is_available(), help="No accelerator.")
 
 
+class ByLength(LengthGroupedSampler):
+    """The Trainer's sampler, but what an epoch draws follows from the seed and its number alone."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator = torch.Generator().manual_seed(torch.initial_seed() + epoch)
+
+
 class ProjectorTrainer(transformers.Trainer):
     """The Trainer, with the CTC loss, the listening gap, and checkpoints of the projector alone."""
+
+    def _get_train_sampler(self, train_dataset=None) -> ByLength:
+        step = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        # bytes tell lengths apart nearly as well as seconds, and without reading the audio
+        return ByLength(step, lengths=[row["_size"] for row in self.train_dataset])
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if model.training and self.args.ctc_weight:
@@ -68,13 +82,7 @@ class ProjectorTrainer(transformers.Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.args.should_save:
-            self.model.save_projector(Path(output_dir or self.args.output_dir, "model.safetensors"))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        self.model.load_projector(Path(resume_from_checkpoint) / "model.safetensors")
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+            self.model.save_projector(f"{output_dir or self.args.output_dir}/model.safetensors")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -84,19 +92,22 @@ def main(argv: list[str] | None = None) -> None:
     train_rows = read_manifest(args.data_path)
     eval_rows = read_manifest(args.eval_data_path) if args.eval_data_path else None
 
+    # the newest checkpoint that was written whole: its trainer_state.json comes last
+    whole = [x.parent for x in Path(args.output_dir).glob("checkpoint-[0-9]*/trainer_state.json")]
+    newest = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+    if resume := args.resume_from_checkpoint or newest:
+        args.projector_model_path = f"{resume}/model.safetensors"
+
     transformers.set_seed(args.seed)  # for the projector's first weights
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     with args.main_process_first():  # one process downloads
         model = load(dtype=dtype, **vars(args))
+    if dtype == torch.bfloat16 and args.use_cpu:  # trains 1.3 times as fast so
+        model.llm.set_attn_implementation("eager")
     collator = partial(collate, **model.collation, max_length=args.model_max_length)
     trainer = ProjectorTrainer(model, args, collator, train_rows, eval_rows)
-    # the newest checkpoint that was written whole: its trainer_state.json comes last
-    whole = Path(args.output_dir).glob("checkpoint-[0-9]*/trainer_state.json")
-    newest = max(whole, key=lambda path: int(path.parent.name.split("-")[1]), default=None)
-    trainer.train(args.resume_from_checkpoint or (newest and str(newest.parent)))
+    trainer.train(resume and str(resume))
     trainer.save_model()
-    if eval_rows:
-        trainer.evaluate()
     trainer.save_state()
 
 

@@ -49,10 +49,12 @@ def load(known: dict[str, torch.Tensor], blank: str | None, **options):
     compute, name = speech_llm.encoder.forward, speech_llm.settings["whisper_model_name_or_path"]
 
     def forward(mel: torch.Tensor) -> torch.Tensor:
-        key = f"{name} {hashlib.sha256(mel.float().cpu().numpy().tobytes()).hexdigest()}"
-        if key not in known:
-            known[key] = compute(mel).detach().clone()
-        return known[key]
+        windows = [x.float().cpu().numpy().tobytes() for x in mel]
+        keys = [f"{name} {hashlib.sha256(x).hexdigest()}" for x in windows]
+        for key, window in zip(keys, mel):
+            if key not in known:
+                known[key] = compute(window[None])[0].detach().clone()
+        return torch.stack([known[key] for key in keys])
 
     speech_llm.encoder.forward = forward
     return speech_llm
@@ -72,9 +74,9 @@ def curve(args: train.TrainingArguments) -> str:
         cells += [f"{log['eval_loss']:.2f}", f"{log['eval_listening_gap']:.2f}"]
         path = Path(args.output_dir, f"checkpoint-{step}", "model.safetensors")
         speech_llm = train.load(projector_model_path=path, dtype=dtype).eval()
-        hypotheses = list(recognize.recognize(speech_llm, rows, 10, num_beams=1))
-        score = recognize.score([row["txt"] for row in rows], hypotheses)
-        cells.append(score.removeprefix("WER ").split(" of ")[0])
+        done = [(x["txt"], x["hyp"]) for x in recognize.recognize(speech_llm, rows, 10, 1)]
+        score = recognize.score(*zip(*done))
+        cells.append(score.removeprefix("WER ").split(" in ")[0])
         table += " | ".join(map(str, cells)) + "\n"
     return table
 

@@ -31,7 +31,7 @@ def main(projector: str, manifest: str) -> None:
     embeddings = speech_llm.llm.get_input_embeddings()(ids)  # (V, D)
     hypotheses = []
     for batch in tqdm(DataLoader(rows, 8, collate_fn=collator, num_workers=1)):
-        audio, lengths = speech_llm.project(batch["encoder_lengths"], batch["mel"])
+        audio, lengths = speech_llm.project(**batch)
         for positions, length in zip(audio, lengths):
             tokens = (positions[:length] @ embeddings.T).argmax(-1).unique_consecutive()
             hypotheses.append(

@@ -29,7 +29,7 @@ recognize() {
     if [ ! -e "$1/score.txt" ]; then
         echo "== $1: recognising the test sentences, none of which is in the training set"
         .venv/bin/python recognize.py --projector_model_path "$1/model.safetensors" \
-            --data_path demo/speech/test.jsonl --result_path "$1/test.jsonl" \
+            --data_path demo/speech/test.jsonl --result_path "$1/test.jsonl" --bf16 True \
             | tee "$1/score.part"
         mv "$1/score.part" "$1/score.txt"
     fi

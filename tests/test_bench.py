@@ -49,7 +49,7 @@ def test_greedy_ctc_merges_repetitions_and_drops_blanks(paths, projector, monkey
     monkeypatch.syspath_prepend(str(BENCH))
     import ctc
 
-    def project(model, encoder_lengths, mel):
+    def project(model, encoder_lengths, **_):
         ids = [x for token in encode(model.tokenizer, "up") for x in (token, token, model.blank)]
         audio = model.llm.get_input_embeddings()(torch.tensor(ids + ids[:1]))
         rows = len(encoder_lengths)

@@ -2,9 +2,11 @@ import json
 
 import pytest
 import tiny
+from torch.utils.data import DataLoader
 
 import recognize
-from model import InputError
+from data import read_manifest
+from model import InputError, load
 
 
 def run(projector, data_path, result_path, *options):
@@ -16,23 +18,27 @@ def run(projector, data_path, result_path, *options):
 def test_wer_worked_out_by_hand():
     references = ["THE CAT SAT", "It's two o'clock!"]
     hypotheses = ["the cat sad down", "it is 2 o'clock"]
-    line = "WER 28.57 % of 7 words in 2 utterances: 1 substituted, 0 deleted, 1 inserted"
+    line = "WER 28.57 % in 2 utterances: 6 right, 1 substituted, 0 deleted, 1 inserted"
     assert recognize.score(references, hypotheses) == line
 
 
 def test_cer_worked_out_by_hand_for_text_without_word_boundaries():
-    line = "CER 50.00 % of 4 characters in 1 utterances: 1 substituted, 0 deleted, 1 inserted"
+    line = "CER 50.00 % in 1 utterances: 3 right, 1 substituted, 0 deleted, 1 inserted"
     assert recognize.score(["今天天气。"], ["今天 天汽好"]) == line
 
 
 def test_empty_hypotheses_and_references_count():
-    line = "WER 100.00 % of 2 words in 2 utterances: 0 substituted, 2 deleted, 0 inserted"
+    line = "WER 100.00 % in 2 utterances: 0 right, 0 substituted, 2 deleted, 0 inserted"
     assert recognize.score(["go on", ""], ["", ""]) == line
-    assert recognize.score(["go", ""], ["go", "now"]).startswith("WER 100.00 % of 1 words")
+    assert recognize.score(["go", ""], ["go", "now"]).startswith(
+        "WER 100.00 % in 2 utterances: 1 right,"
+    )
 
 
 def test_languages_other_than_english_keep_their_letters_apart_from_case_and_punctuation():
-    assert recognize.score(["Où est l'été?"], ["où est l'ete"]).startswith("WER 25.00 % of 4")
+    assert recognize.score(["Où est l'été?"], ["où est l'ete"]).startswith(
+        "WER 25.00 % in 1 utterances: 3 right"
+    )
 
 
 def test_jsonl_keeps_every_key_in_the_order_of_the_manifest(paths, projector, tmp_path, capsys):
@@ -53,6 +59,32 @@ def test_batch_size_changes_no_hypothesis(paths, projector, tmp_path):
     assert len(one) == 8 and len(set(one)) > 1
 
 
+def test_large_files_come_first_and_results_in_the_order_of_the_manifest(
+    paths, projector, tmp_path, monkeypatch
+):
+    lengths = [0.3, 0.9, 0.5]
+    for i, seconds in enumerate(lengths):
+        tiny.make_sound(tmp_path / f"{i}.wav", seconds, 300)
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text("".join(json.dumps({"wav": f"{i}.wav"}) + "\n" for i in range(3)))
+    order, original = [], recognize.collate
+
+    def collate(rows, **options):
+        order.extend(row["wav"] for row in rows)
+        return original(rows, **options)
+
+    monkeypatch.setattr(recognize, "collate", collate)
+    model = load(projector)
+    rows = read_manifest([str(manifest)], need_text=False)
+    monkeypatch.setattr(
+        recognize, "DataLoader", lambda *args, num_workers, **x: DataLoader(*args, **x)
+    )
+    done = [row["wav"] for row in recognize.recognize(model.eval(), rows, 1, 1)]
+    assert done == order == ["1.wav", "2.wav", "0.wav"]
+    assert [row["wav"] for row in rows] == ["0.wav", "1.wav", "2.wav"]
+    assert all("hyp" in row for row in rows)
+
+
 def test_without_transcripts_there_is_no_score(projector, tmp_path, capsys):
     tiny.make_sound(tmp_path / "a.wav", 0.4, 300)
     manifest = tmp_path / "m.jsonl"
@@ -62,7 +94,7 @@ def test_without_transcripts_there_is_no_score(projector, tmp_path, capsys):
     manifest.write_text('{"wav": "a.wav"}\n{"wav": "a.wav", "txt": "go on", "path": 1}')
     results = run(projector, manifest, tmp_path / "out.jsonl")
     assert json.loads(results[1])["path"] == 1
-    assert "of 2 words in 1 utterances" in capsys.readouterr().out
+    assert "% in 1 utterances" in capsys.readouterr().out
 
 
 def test_audio_that_cannot_be_read_is_named_and_finished_hypotheses_are_kept(projector, tmp_path):

@@ -1,0 +1,275 @@
+"""Time this code against the data flow of the published recipe, on the same models and speech.
+
+    python bench/speed.py --data_path train.jsonl --llm_model_name_or_path LLM \
+        --whisper_model_name_or_path WHISPER.pt [--projector_model_path model.safetensors]
+
+The reference is WeST's flow, rewritten here: 30 s of mel for every utterance, the encoder in every
+step, 300 slots of audio in front of the chat, all padded to 512 positions, logits for each. It has
+the same weights, dtype and optimizer. Both read their data between steps. Each flow lives in a
+process of its own; they take turns on batches that are the same in every round, and medians over
+the rounds are printed.
+"""
+
+import multiprocessing
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate.utils import send_to_device
+from torch import nn
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+from transformers.hf_argparser import HfArg, HfArgumentParser
+from whisper.audio import log_mel_spectrogram, pad_or_trim
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from data import collate, load_audio, read_manifest
+from model import IGNORE, load, run
+from train import ByLength
+
+POSITIONS, SLOTS = 512, 300  # of the recipe: in all, and of audio
+
+
+@dataclass
+class Arguments:
+    data_path: list[str] = HfArg(help="JSONL manifests.")
+    llm_model_name_or_path: str = HfArg(help="A folder.")
+    whisper_model_name_or_path: str = HfArg(help="A .pt file.")
+    projector_model_path: str | None = HfArg(default=None, help="For decoding that ends.")
+    rounds: int = HfArg(default=5, help="Medians are over so many.")
+    batch_size: int = HfArg(default=8, help="Utterances in a batch.")
+    batches: int = HfArg(default=8, help="Batches of a round; the reference has a quarter.")
+    num_beams: int = HfArg(default=4, help="Width of the beam in decoding.")
+
+
+class Reference(nn.Module):
+    """The recipe's flow, with the modules of a SpeechLLM."""
+
+    def __init__(self, speech_llm):
+        super().__init__()
+        self.encoder, self.projector = speech_llm.encoder, speech_llm.projector
+        self.llm, self.tokenizer = speech_llm.llm, speech_llm.tokenizer
+        self.llm.set_attn_implementation("sdpa")  # the default of transformers
+
+    def collate(self, rows: list[dict]) -> dict:
+        audios = [load_audio(row["_path"]) for row in rows]
+        mel = [log_mel_spectrogram(pad_or_trim(x), self.encoder.conv1.in_channels) for x in audios]
+        chats = [
+            [
+                {"role": "system", "content": "You are a helpful assistant."},
+                {"role": "user", "content": "Transcribe the speech"},
+                {"role": "assistant", "content": row["txt"]},
+            ]
+            for row in rows
+        ]
+        render = partial(self.tokenizer.apply_chat_template, return_dict=False)
+        size = {"padding": "max_length", "truncation": True, "max_length": POSITIONS - SLOTS}
+        ids = torch.tensor(render(chats, **size))
+        ask = torch.tensor(render([chat[:2] for chat in chats], add_generation_prompt=True))
+        return {"mel": torch.stack(mel), "ids": ids, "ask": ask}
+
+    def embed(self, mel: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            encoded = self.encoder(mel.to(self.llm.dtype))
+        audio = self.projector(encoded.to(self.projector.conv.bias))
+        return torch.cat([audio.to(self.llm.dtype), self.llm.get_input_embeddings()(ids)], 1)
+
+    def forward(self, mel, ids, ask):
+        speaks = torch.ones(len(ids), SLOTS, dtype=torch.long, device=ids.device)
+        mask = torch.cat([speaks, ids.ne(self.tokenizer.pad_token_id)], 1)
+        labels = torch.cat([speaks * 0, ids], 1).masked_fill(mask == 0, IGNORE)
+        labels[:, :SLOTS] = IGNORE
+        return self.llm(inputs_embeds=self.embed(mel, ids), attention_mask=mask, labels=labels)
+
+    def generate(self, num_beams: int, tokens: int, mel, ids, ask):
+        options = {"num_beams": num_beams, "max_new_tokens": tokens, "do_sample": False}
+        return self.llm.generate(inputs_embeds=self.embed(mel, ask), **options)
+
+
+class Flow:
+    """One way to train and decode, in a process of its own."""
+
+    def __init__(self, args: Arguments, name: str):
+        torch.manual_seed(42)
+        self.device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        names = ("llm_model_name_or_path", "whisper_model_name_or_path", "projector_model_path")
+        options = {key: getattr(args, key) for key in names}
+        self.ours = load(dtype=torch.bfloat16, **options).to(self.device)
+        self.model = self.ours if name == "ours" else Reference(self.ours)
+        self.args, self.rows = args, read_manifest(args.data_path)
+        self.optimizer = torch.optim.AdamW(self.ours.projector.parameters())
+
+    def loader(self, rows: list[dict]) -> DataLoader:
+        reference = isinstance(self.model, Reference)
+        function = self.model.collate if reference else partial(collate, **self.ours.collation)
+        # without workers: a fork makes memory slow at first, and a round is but a few batches
+        return DataLoader(rows, self.args.batch_size, collate_fn=function)
+
+    def train(self, **options) -> dict:
+        """Some batches of an epoch in its order, from the files to the optimizer's step."""
+        size = self.args.batch_size
+        if isinstance(self.model, Reference):
+            order, count = torch.randperm(len(self.rows)).tolist(), self.args.batches // 4
+        else:
+            sampler = ByLength(size, lengths=[row["_size"] for row in self.rows])
+            sampler.set_epoch(0)
+            order, count = list(sampler), self.args.batches
+        # as many short batches as long ones
+        starts = range(0, len(order) - size + 1, size)
+        chosen = torch.randperm(len(starts), generator=torch.Generator().manual_seed(0))[:count]
+        rows = [self.rows[i] for k in chosen for i in order[starts[k] : starts[k] + size]]
+        start = time.perf_counter()
+        for batch in self.loader(rows):
+            loss = self.model(**send_to_device(batch, self.device), **options)["loss"]
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        loss.item()
+        return {"seconds": time.perf_counter() - start, "utterances": len(rows)}
+
+    @torch.inference_mode()
+    def decode(self, tokens: int) -> dict:
+        """The first batches of the manifest; the reference stops after `tokens` at the latest."""
+        rows = self.rows[: self.args.batch_size * self.args.batches // 4]
+        longest, start = 0, time.perf_counter()
+        if isinstance(self.model, Reference):
+            for batch in self.loader(rows):
+                batch = send_to_device(batch, self.device)
+                ids = self.model.generate(self.args.num_beams, tokens, **batch)
+                longest = max(longest, ids.shape[1])
+        else:
+            for batch in self.loader(sorted(rows, key=lambda row: -row["_size"])):
+                batch = send_to_device(batch, self.device)
+                ids = self.ours.generate(self.args.num_beams, **batch)
+                longest = max(longest, ids.shape[1])
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "utterances": len(rows), "tokens": longest}
+
+    def count(self, **options) -> dict:
+        """What `train` computes: floating-point operations, and positions that the LLM reads."""
+        positions = []
+
+        def hook(module, args, kwargs):
+            positions.append(kwargs["inputs_embeds"].shape[:2].numel())
+
+        handle = self.ours.llm.register_forward_pre_hook(hook, with_kwargs=True)
+        with FlopCounterMode(display=False) as counter:
+            self.train(**options)
+        handle.remove()
+        return {"operations": counter.get_total_flops(), "positions": sum(positions)}
+
+    def limit(self) -> dict:
+        """Operations a second of a large matrix product."""
+        a = torch.randn(2048, 2048, dtype=torch.bfloat16, device=self.device)
+        (a @ a).sum().item()
+        start = time.perf_counter()
+        for _ in range(20):
+            b = a @ a
+        b.sum().item()
+        return {"limit": 20 * 2 * 2048**3 / (time.perf_counter() - start)}
+
+
+def serve(args: Arguments, name: str, connection) -> None:
+    """In a process of its own: answer calls of a Flow's methods, with the peak of its memory."""
+    flow = Flow(args, name)
+    connection.send(memory())
+    for method, options in iter(connection.recv, None):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        connection.send({**getattr(flow, method)(**options), "peak": memory("VmHWM")})
+
+
+def memory(key: str = "VmRSS") -> int:
+    """Bytes of this process."""
+    [line] = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key)]
+    return int(line.split()[1]) * 1024
+
+
+class Process:
+    """A Flow elsewhere."""
+
+    def __init__(self, args: Arguments, name: str):
+        self.connection, end = multiprocessing.Pipe()
+        self.process = multiprocessing.get_context("spawn").Process(
+            target=serve, args=(args, name, end), daemon=False
+        )
+        self.process.start()
+        self.idle = self.connection.recv()
+
+    def __call__(self, method: str, **options) -> dict:
+        self.connection.send((method, options))
+        return self.connection.recv()
+
+    def close(self) -> None:
+        self.connection.send(None)
+        self.process.join()
+
+
+# what ours does: a row's name, and the options of `forward`
+OURS = {
+    "ours, CTC alone": {"ctc_weight": 0.3, "ctc_alone": True},
+    "ours, CTC and LLM": {"ctc_weight": 0.3},
+    "ours, LLM alone": {"ctc_weight": 0.0},
+}
+
+
+def training(args: Arguments, reference: Process, ours: Process) -> str:
+    """A table: both flows in turn, medians over the rounds."""
+    results = {name: [] for name in ["reference", *OURS]}
+    limits = []
+    for options in OURS.values():  # memory warms up
+        ours("train", **options)
+    for _ in tqdm(range(args.rounds), "training"):
+        limits.append(ours("limit")["limit"])
+        results["reference"].append(reference("train"))
+        for name, options in OURS.items():
+            results[name].append(ours("train", **options))
+    limit, base = statistics.median(limits), None
+    table = "flow | utterances/s | ratio | LLM positions/s | of the limit | peak memory\n"
+    table += "---|---|---|---|---|---\n"
+    for name, rounds in results.items():
+        if name == "reference":
+            counted, idle = reference("count"), reference.idle
+        else:
+            counted, idle = ours("count", **OURS[name]), ours.idle
+        seconds = statistics.median(x["seconds"] for x in rounds)
+        rate = rounds[0]["utterances"] / seconds
+        base = base or rate
+        peak = max(x["peak"] for x in rounds)
+        share = counted["operations"] / seconds / limit
+        table += f"{name} | {rate:.2f} | {rate / base:.1f} | {counted['positions'] / seconds:.0f} "
+        table += f"| {100 * share:.0f} % | {peak / 2**30:.2f} GiB ({idle / 2**30:.2f} idle)\n"
+    return table + f"\nlimit: {limit / 1e9:.0f} GFLOP/s, a product of two 2048 x 2048 matrices\n"
+
+
+def decoding(args: Arguments, reference: Process, ours: Process) -> str:
+    rounds = []
+    for _ in tqdm(range(args.rounds), "decoding"):
+        mine = ours("decode", tokens=0)
+        rounds.append((mine, reference("decode", tokens=mine["tokens"])))
+    table = f"flow, beam {args.num_beams} | utterances/s | ratio | most tokens | peak memory\n"
+    table += "---|---|---|---|---\n"
+    mine, base = (statistics.median(x[i]["seconds"] for x in rounds) for i in (0, 1))
+    for name, i, seconds in (("reference", 1, base), ("ours", 0, mine)):
+        one = rounds[0][i]
+        table += f"{name} | {one['utterances'] / seconds:.2f} | {base / seconds:.1f} | "
+        table += f"{one['tokens']} | {max(x[i]['peak'] for x in rounds) / 2**30:.2f} GiB\n"
+    return table
+
+
+def main() -> None:
+    [args] = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    reference, ours = Process(args, "reference"), Process(args, "ours")
+    print(training(args, reference, ours))
+    print(decoding(args, reference, ours))
+    reference.close()
+    ours.close()
+
+
+if __name__ == "__main__":
+    run(main)
