@@ -1,13 +1,13 @@
-"""Train with constants of model.py changed, and draw up the learning curve: what is each worth?
+"""Train with constants changed, and draw up the learning curve: what is each choice worth?
 
     python bench/ablate.py ENCODED.pt BLANK_COSINE=2 ... -- --output_dir exp/kept \
         --eval_data_path dev.jsonl --eval_strategy steps --eval_steps 100 --save_steps 100 ...
 
 ENCODED.pt keeps the encoder's outputs, which runs on the same audio share: no utterance is encoded
-twice. Then come constants of model.py with new values, `prompt=...` for the default prompt (its
-lines apart by \\n), `blank=...` for the text whose token is the blank, or `rms_norm=off` for audio
-of any length; behind `--` the arguments of train.py. In the end each checkpoint decodes the
-evaluation's manifests greedily, and OUTPUT_DIR/curve.md has a row for each.
+twice. Then come constants of model.py and data.py with new values, `prompt=...` for the default
+prompt (its lines apart by \\n), `blank=...` for the text whose token is the blank, or
+`rms_norm=off` for audio of any length; behind `--` the arguments of train.py. In the end each
+checkpoint decodes the evaluation's manifests greedily, and OUTPUT_DIR/curve.md has a row for each.
 """
 
 import hashlib
@@ -21,24 +21,25 @@ from transformers.hf_argparser import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import data
 import model
 import recognize
 import train
-from data import read_manifest
 
 HEAD = "utterances | loss | listening gap | greedy WER\n---|---|---|---\n"
 
 
 def change(name: str, value: str) -> None:
-    """Give a number of model.py or the prompt another value, or leave rms_norm out."""
+    """Give a number of model.py or data.py or the prompt another value, or leave rms_norm out."""
     if name == "prompt":
         model.DEFAULTS["prompt"] = value.replace("\\n", "\n")
     elif (name, value) == ("rms_norm", "off"):
         model.F.rms_norm = lambda x, shape: x
-    elif isinstance(getattr(model, name, None), int | float):
-        setattr(model, name, type(getattr(model, name))(value))
     else:
-        sys.exit(f"{sys.argv[0]}: model.py has no number {name}; there are BLANK_COSINE, CTC_...")
+        modules = [x for x in (model, data) if isinstance(getattr(x, name, None), int | float)]
+        if not modules:
+            sys.exit(f"{sys.argv[0]}: no number {name} in model.py or data.py: try BLANK_COSINE")
+        setattr(modules[0], name, type(getattr(modules[0], name))(value))
 
 
 def load(known: dict[str, torch.Tensor], blank: str | None, **options):
@@ -68,7 +69,7 @@ def curve(args: train.TrainingArguments) -> str:
         if any(key.startswith("eval_") for key in log):
             logs.setdefault(log["step"], {}).update(log)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
-    rows, table = read_manifest(args.eval_data_path), HEAD
+    rows, table = data.read_manifest(args.eval_data_path), HEAD
     for step, log in logs.items():
         cells = [step * args.train_batch_size * args.gradient_accumulation_steps]
         cells += [f"{log['eval_loss']:.2f}", f"{log['eval_listening_gap']:.2f}"]

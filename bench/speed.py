@@ -1,7 +1,8 @@
 """Time this code against the data flow of the published recipe, on the same models and speech.
 
     python bench/speed.py --data_path train.jsonl --llm_model_name_or_path LLM \
-        --whisper_model_name_or_path WHISPER.pt [--projector_model_path model.safetensors]
+        --whisper_model_name_or_path WHISPER.pt [--projector_model_path model.safetensors] \
+        [--parts padding startup training decoding growth]
 
 The reference is WeST's flow, rewritten here: 30 s of mel for every utterance, the encoder in every
 step, 300 slots of audio in front of the chat, all padded to 512 positions, logits for each. It has
@@ -10,14 +11,18 @@ process of its own; they take turns on batches that are the same in every round,
 the rounds are printed.
 """
 
+import json
 import multiprocessing
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import soundfile
 import torch
 from accelerate.utils import send_to_device
 from torch import nn
@@ -33,7 +38,9 @@ from data import collate, load_audio, read_manifest
 from model import IGNORE, load, run
 from train import ByLength
 
-POSITIONS, SLOTS = 512, 300  # of the recipe: in all, and of audio
+ROOT = Path(__file__).parents[1]
+POSITIONS, SLOTS, TOKENS = 512, 300, 50  # of the recipe: in all, of audio, and new ones at most
+PARTS = ("padding", "startup", "training", "decoding", "growth")
 
 
 @dataclass
@@ -42,6 +49,7 @@ class Arguments:
     llm_model_name_or_path: str = HfArg(help="A folder.")
     whisper_model_name_or_path: str = HfArg(help="A .pt file.")
     projector_model_path: str | None = HfArg(default=None, help="For decoding that ends.")
+    parts: list[str] = HfArg(default_factory=lambda: list(PARTS), help="What to measure.")
     rounds: int = HfArg(default=5, help="Medians are over so many.")
     batch_size: int = HfArg(default=8, help="Utterances in a batch.")
     batches: int = HfArg(default=8, help="Batches of a round; the reference has a quarter.")
@@ -92,6 +100,13 @@ class Reference(nn.Module):
         return self.llm.generate(inputs_embeds=self.embed(mel, ask), **options)
 
 
+def by_length(rows: list[dict], size: int) -> ByLength:
+    """The order of the first epoch."""
+    sampler = ByLength(size, lengths=[row["_size"] for row in rows])
+    sampler.set_epoch(0)
+    return sampler
+
+
 class Flow:
     """One way to train and decode, in a process of its own."""
 
@@ -105,27 +120,35 @@ class Flow:
         self.args, self.rows = args, read_manifest(args.data_path)
         self.optimizer = torch.optim.AdamW(self.ours.projector.parameters())
 
-    def loader(self, rows: list[dict]) -> DataLoader:
+    def loader(self, rows: list[dict], size: int) -> DataLoader:
         reference = isinstance(self.model, Reference)
         function = self.model.collate if reference else partial(collate, **self.ours.collation)
         # without workers: a fork makes memory slow at first, and a round is but a few batches
-        return DataLoader(rows, self.args.batch_size, collate_fn=function)
+        return DataLoader(rows, size, collate_fn=function)
+
+    def attend(self, implementation: str) -> None:
+        """As train.py and recognize.py have it on a CPU; the reference always has the default."""
+        if self.model is self.ours and self.device == "cpu":
+            self.ours.llm.set_attn_implementation(implementation)
 
     def train(self, **options) -> dict:
         """Some batches of an epoch in its order, from the files to the optimizer's step."""
-        size = self.args.batch_size
+        self.attend("eager")
+        size, generator = self.args.batch_size, torch.Generator().manual_seed(0)
         if isinstance(self.model, Reference):
-            order, count = torch.randperm(len(self.rows)).tolist(), self.args.batches // 4
+            order = torch.randperm(len(self.rows), generator=generator).tolist()
+            count = self.args.batches // 4
         else:
-            sampler = ByLength(size, lengths=[row["_size"] for row in self.rows])
-            sampler.set_epoch(0)
-            order, count = list(sampler), self.args.batches
+            order, count = list(by_length(self.rows, size)), self.args.batches
         # as many short batches as long ones
         starts = range(0, len(order) - size + 1, size)
-        chosen = torch.randperm(len(starts), generator=torch.Generator().manual_seed(0))[:count]
+        chosen = torch.randperm(len(starts), generator=generator)[:count]
         rows = [self.rows[i] for k in chosen for i in order[starts[k] : starts[k] + size]]
+        return self.steps(rows, size, **options)
+
+    def steps(self, rows: list[dict], size: int, **options) -> dict:
         start = time.perf_counter()
-        for batch in self.loader(rows):
+        for batch in self.loader(rows, size):
             loss = self.model(**send_to_device(batch, self.device), **options)["loss"]
             loss.backward()
             self.optimizer.step()
@@ -133,21 +156,31 @@ class Flow:
         loss.item()
         return {"seconds": time.perf_counter() - start, "utterances": len(rows)}
 
+    def grow(self, seconds: int, size: int, folder: str) -> dict:
+        """Three steps with noise of so many seconds, three words to each of them."""
+        self.attend("eager")
+        path = Path(folder, f"{seconds}.wav")
+        if not path.exists():
+            soundfile.write(path, torch.randn(seconds * 16_000).numpy() / 10, 16_000)
+        row = {"_path": str(path), "txt": "and then some " * seconds}
+        self.steps([row] * size, size, ctc_weight=0.3)
+        return self.steps([row] * 3 * size, size, ctc_weight=0.3)
+
     @torch.inference_mode()
     def decode(self, tokens: int) -> dict:
         """The first batches of the manifest; the reference stops after `tokens` at the latest."""
-        rows = self.rows[: self.args.batch_size * self.args.batches // 4]
-        longest, start = 0, time.perf_counter()
-        if isinstance(self.model, Reference):
-            for batch in self.loader(rows):
-                batch = send_to_device(batch, self.device)
-                ids = self.model.generate(self.args.num_beams, tokens, **batch)
-                longest = max(longest, ids.shape[1])
-        else:
-            for batch in self.loader(sorted(rows, key=lambda row: -row["_size"])):
-                batch = send_to_device(batch, self.device)
+        self.attend("sdpa")
+        rows, longest = self.rows[: self.args.batch_size * self.args.batches // 4], 0
+        start = time.perf_counter()
+        if self.model is self.ours:
+            rows = sorted(rows, key=lambda row: -row["_size"])
+        for batch in self.loader(rows, self.args.batch_size):
+            batch = send_to_device(batch, self.device)
+            if self.model is self.ours:
                 ids = self.ours.generate(self.args.num_beams, **batch)
-                longest = max(longest, ids.shape[1])
+            else:
+                ids = self.model.generate(self.args.num_beams, tokens, **batch)
+            longest = max(longest, ids.shape[1])
         seconds = time.perf_counter() - start
         return {"seconds": seconds, "utterances": len(rows), "tokens": longest}
 
@@ -248,27 +281,103 @@ def training(args: Arguments, reference: Process, ours: Process) -> str:
 
 
 def decoding(args: Arguments, reference: Process, ours: Process) -> str:
-    rounds = []
+    """A table: ours, and the reference with as many tokens as ours takes, and with its own."""
+    results = {"ours": [], "reference, no more tokens than ours": [], "reference": []}
     for _ in tqdm(range(args.rounds), "decoding"):
         mine = ours("decode", tokens=0)
-        rounds.append((mine, reference("decode", tokens=mine["tokens"])))
-    table = f"flow, beam {args.num_beams} | utterances/s | ratio | most tokens | peak memory\n"
+        for rounds, one in zip(
+            results.values(),
+            (mine, *(reference("decode", tokens=x) for x in (mine["tokens"], TOKENS))),
+        ):
+            rounds.append(one)
+    table = (
+        f"flow, beam {args.num_beams} | utterances/s | ratio of ours | most tokens | peak memory\n"
+    )
     table += "---|---|---|---|---\n"
-    mine, base = (statistics.median(x[i]["seconds"] for x in rounds) for i in (0, 1))
-    for name, i, seconds in (("reference", 1, base), ("ours", 0, mine)):
-        one = rounds[0][i]
-        table += f"{name} | {one['utterances'] / seconds:.2f} | {base / seconds:.1f} | "
-        table += f"{one['tokens']} | {max(x[i]['peak'] for x in rounds) / 2**30:.2f} GiB\n"
+    base = statistics.median(x["seconds"] for x in results["ours"])
+    for name, rounds in results.items():
+        seconds = statistics.median(x["seconds"] for x in rounds)
+        table += f"{name} | {rounds[0]['utterances'] / seconds:.2f} | {seconds / base:.1f} | "
+        table += f"{rounds[0]['tokens']} | {max(x['peak'] for x in rounds) / 2**30:.2f} GiB\n"
     return table
+
+
+def growth(args: Arguments, reference: Process, ours: Process) -> str:
+    """A table of ours, CTC and LLM, over the length of utterances and the size of batches."""
+    sizes = (1, 8, 32)
+    table = "seconds of audio | " + " | ".join(f"batch {size}" for size in sizes)
+    table += " (utterances/s, peak memory)\n" + "---|" * len(sizes) + "---\n"
+    with tempfile.TemporaryDirectory() as folder:
+        for seconds in tqdm((2, 5, 10, 20), "growth"):
+            cells = [str(seconds)]
+            for size in sizes:
+                one = ours("grow", seconds=seconds, size=size, folder=folder)
+                rate = one["utterances"] / one["seconds"]
+                cells.append(f"{rate:.2f}, {one['peak'] / 2**30:.1f} GiB")
+            table += " | ".join(cells) + "\n"
+    return table
+
+
+def padding(args: Arguments) -> str:
+    """How much of the audio in a batch is padding, at random and by length."""
+    rows = read_manifest(args.data_path)
+    durations = torch.tensor([soundfile.info(row["_path"]).duration for row in rows])
+    table = f"order, batches of {args.batch_size} | padding\n---|---\n"
+    for name, order in (
+        ("at random", torch.randperm(len(rows)).tolist()),
+        ("by length", list(by_length(rows, args.batch_size))),
+    ):
+        batches = durations[order].split(args.batch_size)
+        filled = sum(len(batch) * batch.max() for batch in batches)
+        table += f"{name} | {100 * (1 - durations.sum() / filled):.1f} %\n"
+    return table
+
+
+def startup(args: Arguments) -> str:
+    """Seconds until a manifest is read, and for train.py with one step."""
+    table = "lines of the manifest | seconds to read it | memory of the process\n---|---|---\n"
+    code = "import data, sys, time; start = time.time(); data.read_manifest(sys.argv[1:]);"
+    code += (
+        "print(time.time() - start, open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(1000):
+            Path(folder, f"{i}.wav").touch()
+        for lines in (1_000, 100_000, 1_000_000):
+            path = Path(folder, "manifest.jsonl")
+            with path.open("w") as file:
+                for i in range(lines):
+                    print(
+                        json.dumps({"wav": f"{i % 1000}.wav", "txt": "some words " * 5}), file=file
+                    )
+            command = [sys.executable, "-c", code, str(path)]
+            out = subprocess.run(
+                command, cwd=ROOT, capture_output=True, text=True, check=True
+            ).stdout
+            seconds, peak = out.split()
+            table += f"{lines} | {float(seconds):.2f} | {int(peak) / 2**20:.2f} GiB\n"
+        command = [sys.executable, "train.py", "--output_dir", folder, "--max_steps", "1"]
+        command += ["--data_path", *args.data_path, "--bf16", "True", "--report_to", "none"]
+        command += ["--llm_model_name_or_path", args.llm_model_name_or_path]
+        command += ["--whisper_model_name_or_path", args.whisper_model_name_or_path]
+        start = time.perf_counter()
+        subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+        seconds = time.perf_counter() - start
+    return f"{table}\ntrain.py with one step, saved: {seconds:.1f} s\n"
 
 
 def main() -> None:
     [args] = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    reference, ours = Process(args, "reference"), Process(args, "ours")
-    print(training(args, reference, ours))
-    print(decoding(args, reference, ours))
-    reference.close()
-    ours.close()
+    for part in (padding, startup):
+        if part.__name__ in args.parts:
+            print(part(args), flush=True)
+    if set(args.parts) & {"training", "decoding", "growth"}:
+        flows = [Process(args, name) for name in ("reference", "ours")]
+        for part in (training, decoding, growth):
+            if part.__name__ in args.parts:
+                print(part(args, *flows), flush=True)
+        for flow in flows:
+            flow.close()
 
 
 if __name__ == "__main__":
