@@ -82,11 +82,6 @@ class Projector(nn.Module):
         return F.rms_norm(self.output(F.relu(self.hidden(x))), self.output.bias.shape)  # (B, A, D)
 
 
-def forget_frozen(module: nn.Module, keys) -> None:
-    """Let a projector file be all that there is to load."""
-    keys.missing_keys[:] = [key for key in keys.missing_keys if key.startswith("projector.")]
-
-
 class SpeechLLM(nn.Module):
     """An LLM that reads speech within its prompt; only the projector learns.
 
@@ -111,7 +106,6 @@ class SpeechLLM(nn.Module):
         stops = torch.tensor(llm.generation_config.eos_token_id or []).flatten().tolist()
         # no sampling, no penalties of a chat
         llm.generation_config = GenerationConfig(eos_token_id=[self.end_id, *stops])
-        self.register_load_state_dict_post_hook(forget_frozen)
         self.ctc_losses: list[Tensor] = []  # each (B,), until a log is written
         # what data.collate is to know: 80 mel bins, or 128 from large-v3 on
         self.collation = {"tokenizer": tokenizer, "end_id": self.end_id, "stride": stride}
@@ -226,23 +220,22 @@ def load(projector_model_path=None, dtype=torch.float32, **given):
     prompt. What is missing or None is the projector file's, or else the default. InputError where
     they differ; but a model may have moved: the last part of its path must be the same.
     """
-    known, saved = {*DEFAULTS, "llm_model_name_or_path", "whisper_model_name_or_path"}, {}
+    path, options = projector_model_path, {"dtype": dtype, "use_cache": True}
+    known = {*DEFAULTS, "llm_model_name_or_path", "whisper_model_name_or_path"}
     given = {key: str(given[key]) for key in known & given.keys() if given[key] is not None}
-    options = {"dtype": dtype, "use_cache": True}
     try:
-        if projector_model_path:
-            saved = safe_open(projector_model_path, "pt").metadata() or {}
-            for key, value in {"format": DEFAULTS["format"], **given}.items():
-                was, new = (Path(x).name.removesuffix(".pt") for x in (saved.get(key, ""), value))
-                if was != new:
-                    raise InputError(f"{projector_model_path} is for {key} {was!r}, not {new!r}")
+        saved = (safe_open(path, "pt").metadata() or {}) if path else {}
+        for key, value in {"format": DEFAULTS["format"], **given}.items():
+            part = (lambda x: Path(x).name.removesuffix(".pt")) if "path" in key else str
+            if path and part(saved.get(key, "")) != part(value):
+                raise InputError(f"{path} is for {key} {saved.get(key)!r}, not {value!r}")
         settings = {**DEFAULTS, **saved, **given}
         encoder = whisper.load_model(settings["whisper_model_name_or_path"], "cpu").encoder
         tokenizer = AutoTokenizer.from_pretrained(settings["llm_model_name_or_path"])
         llm = AutoModelForCausalLM.from_pretrained(settings["llm_model_name_or_path"], **options)
         model = SpeechLLM(encoder, llm, tokenizer, settings)
-        if projector_model_path:
-            model.load_state_dict(load_file(projector_model_path))
+        if path:
+            nn.ModuleDict({"projector": model.projector}).load_state_dict(load_file(path))
     except (KeyError, OSError, RuntimeError, SafetensorError, ValueError) as error:
-        raise InputError(f"cannot load the models, or the projector: {error}") from error
+        raise InputError(f"cannot load the models, or the projector {path}: {error}") from error
     return model

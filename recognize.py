@@ -14,9 +14,8 @@ from functools import partial
 
 import jiwer
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import send_to_device, tqdm
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers.hf_argparser import HfArg, HfArgumentParser
 from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 
@@ -75,11 +74,12 @@ def main(argv: list[str] | None = None) -> None:
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     part, plain = f"{args.result_path}.part", args.result_path.endswith(".txt")
     os.makedirs(os.path.dirname(part) or ".", exist_ok=True)
-    with open(part, "w", encoding="utf-8") as file:  # if it cannot be, then before models load
+    # if it cannot be written, then before models load
+    with open(part, "w", encoding="utf-8", errors="replace") as file:
         model = load(dtype=dtype, **vars(args)).to(device).eval()
         for row in recognize(model, rows, args.batch_size, args.num_beams):
-            print(json.dumps(row), file=file, flush=True)
-    with open(part, "w", encoding="utf-8") as file:
+            print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
+    with open(part, "w", encoding="utf-8", errors="replace") as file:
         for row in rows:
             del row["_path"], row["_size"]
             print(row["hyp"] if plain else json.dumps(row, ensure_ascii=False), file=file)

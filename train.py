@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 from transformers.hf_argparser import HfArg, HfArgumentParser
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
 from data import collate, read_manifest
 from model import InputError, load, run
@@ -42,10 +42,19 @@ class TrainingArguments(transformers.TrainingArguments):
 
 
 class ByLength(LengthGroupedSampler):
-    """The Trainer's sampler, but what an epoch draws follows from the seed and its number alone."""
+    """The Trainer's sampler, but with batches in random order: from long to short does harm.
 
-    def set_epoch(self, epoch: int) -> None:
-        self.generator = torch.Generator().manual_seed(torch.initial_seed() + epoch)
+    Its `generator` is the Trainer: what is drawn follows from the seed and from the epoch's number,
+    in a run that goes on, too.
+    """
+
+    def __iter__(self):
+        args, epoch = self.generator.args, int(self.generator.state.epoch)
+        random = torch.Generator().manual_seed((args.data_seed or args.seed) + epoch)
+        order = get_length_grouped_indices(self.lengths, self.batch_size, generator=random)
+        steps = torch.tensor(order).split(self.batch_size)
+        places = torch.randperm(len(steps) - 1, generator=random).tolist()
+        return iter(torch.cat([steps[i] for i in [*places, -1]]).tolist())  # the last may be short
 
 
 class ProjectorTrainer(transformers.Trainer):
@@ -54,7 +63,7 @@ class ProjectorTrainer(transformers.Trainer):
     def _get_train_sampler(self, train_dataset=None) -> ByLength:
         step = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         # bytes tell lengths apart nearly as well as seconds, and without reading the audio
-        return ByLength(step, lengths=[row["_size"] for row in self.train_dataset])
+        return ByLength(step, lengths=[x["_size"] for x in self.train_dataset], generator=self)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if model.training and self.args.ctc_weight:
@@ -79,6 +88,9 @@ class ProjectorTrainer(transformers.Trainer):
         gap = {f"{name}_listening_gap": metrics[f"{name}_swapped_loss"] - metrics[f"{name}_loss"]}
         self.log(gap)
         return metrics | gap
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """None: a checkpoint is the projector, and the rest is not missing."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.args.should_save:

@@ -21,6 +21,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import soundfile
 import torch
@@ -102,9 +103,9 @@ class Reference(nn.Module):
 
 def by_length(rows: list[dict], size: int) -> ByLength:
     """The order of the first epoch."""
-    sampler = ByLength(size, lengths=[row["_size"] for row in rows])
-    sampler.set_epoch(0)
-    return sampler
+    args = SimpleNamespace(data_seed=None, seed=42)
+    trainer = SimpleNamespace(args=args, state=SimpleNamespace(epoch=0))
+    return ByLength(size, lengths=[row["_size"] for row in rows], generator=trainer)
 
 
 class Flow:
@@ -118,7 +119,9 @@ class Flow:
         self.ours = load(dtype=torch.bfloat16, **options).to(self.device)
         self.model = self.ours if name == "ours" else Reference(self.ours)
         self.args, self.rows = args, read_manifest(args.data_path)
-        self.optimizer = torch.optim.AdamW(self.ours.projector.parameters())
+        self.optimizer = torch.optim.AdamW(
+            self.ours.projector.parameters(), lr=0.0
+        )  # all rounds alike
 
     def loader(self, rows: list[dict], size: int) -> DataLoader:
         reference = isinstance(self.model, Reference)
@@ -137,13 +140,16 @@ class Flow:
         size, generator = self.args.batch_size, torch.Generator().manual_seed(0)
         if isinstance(self.model, Reference):
             order = torch.randperm(len(self.rows), generator=generator).tolist()
-            count = self.args.batches // 4
+            count = max(self.args.batches // 4, 1)
         else:
             order, count = list(by_length(self.rows, size)), self.args.batches
-        # as many short batches as long ones
-        starts = range(0, len(order) - size + 1, size)
-        chosen = torch.randperm(len(starts), generator=generator)[:count]
-        rows = [self.rows[i] for k in chosen for i in order[starts[k] : starts[k] + size]]
+        # short batches and long ones: the middle of each of `count` shares of equal size
+        starts = sorted(
+            range(0, len(order) - size + 1, size),
+            key=lambda start: self.rows[order[start]]["_size"],
+        )
+        chosen = [starts[int((k + 0.5) * len(starts) / count)] for k in range(count)]
+        rows = [self.rows[i] for start in chosen for i in order[start : start + size]]
         return self.steps(rows, size, **options)
 
     def steps(self, rows: list[dict], size: int, **options) -> dict:
@@ -167,22 +173,22 @@ class Flow:
         return self.steps([row] * 3 * size, size, ctc_weight=0.3)
 
     @torch.inference_mode()
-    def decode(self, tokens: int) -> dict:
-        """The first batches of the manifest; the reference stops after `tokens` at the latest."""
+    def decode(self, tokens: list[int] | None = None) -> dict:
+        """The first batches of the manifest, by size; the reference's with at most these tokens."""
         self.attend("sdpa")
-        rows, longest = self.rows[: self.args.batch_size * self.args.batches // 4], 0
+        rows = self.rows[: self.args.batch_size * max(self.args.batches // 4, 1)]
+        rows, sizes = sorted(rows, key=lambda row: -row["_size"]), []
         start = time.perf_counter()
-        if self.model is self.ours:
-            rows = sorted(rows, key=lambda row: -row["_size"])
-        for batch in self.loader(rows, self.args.batch_size):
+        for i, batch in enumerate(self.loader(rows, self.args.batch_size)):
             batch = send_to_device(batch, self.device)
             if self.model is self.ours:
                 ids = self.ours.generate(self.args.num_beams, **batch)
             else:
-                ids = self.model.generate(self.args.num_beams, tokens, **batch)
-            longest = max(longest, ids.shape[1])
+                most = tokens[i] if tokens else TOKENS
+                ids = self.model.generate(self.args.num_beams, most, **batch)
+            sizes.append(ids.shape[1])
         seconds = time.perf_counter() - start
-        return {"seconds": seconds, "utterances": len(rows), "tokens": longest}
+        return {"seconds": seconds, "utterances": len(rows), "tokens": sizes}
 
     def count(self, **options) -> dict:
         """What `train` computes: floating-point operations, and positions that the LLM reads."""
@@ -229,9 +235,10 @@ class Process:
     def __init__(self, args: Arguments, name: str):
         self.connection, end = multiprocessing.Pipe()
         self.process = multiprocessing.get_context("spawn").Process(
-            target=serve, args=(args, name, end), daemon=False
+            target=serve, args=(args, name, end), daemon=True
         )
         self.process.start()
+        end.close()  # so that a flow that fails ends the other, too
         self.idle = self.connection.recv()
 
     def __call__(self, method: str, **options) -> dict:
@@ -284,21 +291,18 @@ def decoding(args: Arguments, reference: Process, ours: Process) -> str:
     """A table: ours, and the reference with as many tokens as ours takes, and with its own."""
     results = {"ours": [], "reference, no more tokens than ours": [], "reference": []}
     for _ in tqdm(range(args.rounds), "decoding"):
-        mine = ours("decode", tokens=0)
-        for rounds, one in zip(
-            results.values(),
-            (mine, *(reference("decode", tokens=x) for x in (mine["tokens"], TOKENS))),
-        ):
-            rounds.append(one)
-    table = (
-        f"flow, beam {args.num_beams} | utterances/s | ratio of ours | most tokens | peak memory\n"
-    )
+        mine = ours("decode")
+        results["ours"].append(mine)
+        for name, tokens in list(zip(results, (None, mine["tokens"], None)))[1:]:
+            results[name].append(reference("decode", tokens=tokens))
+    table = f"flow, beam {args.num_beams} | utterances/s | ratio of ours | tokens | peak memory\n"
     table += "---|---|---|---|---\n"
     base = statistics.median(x["seconds"] for x in results["ours"])
     for name, rounds in results.items():
         seconds = statistics.median(x["seconds"] for x in rounds)
         table += f"{name} | {rounds[0]['utterances'] / seconds:.2f} | {seconds / base:.1f} | "
-        table += f"{rounds[0]['tokens']} | {max(x['peak'] for x in rounds) / 2**30:.2f} GiB\n"
+        tokens = ", ".join(map(str, rounds[0]["tokens"]))
+        table += f"{tokens} | {max(x['peak'] for x in rounds) / 2**30:.2f} GiB\n"
     return table
 
 

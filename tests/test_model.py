@@ -7,7 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from data import collate, read_manifest
-from model import IGNORE, InputError, Projector, SpeechLLM, build_prompt, load
+from model import DEFAULTS, IGNORE, InputError, Projector, SpeechLLM, build_prompt, load
 
 LLM_DIMS = {"LLaMA3-8B": 4096, "Qwen2-0.5B": 896, "Qwen2-1.5B": 1536, "Qwen2-7B": 3584}
 ENCODER_DIMS = {"tiny": 384, "small": 768, "large": 1280}
@@ -513,11 +513,11 @@ def test_a_model_that_moved_is_taken_from_its_new_place(paths, tmp_path):
         (
             "llm_model_name_or_path",
             "other/llm",
-            "for llm_model_name_or_path 'qwen', not 'llm'",
+            "for llm_model_name_or_path '.*qwen', not 'other/llm'",
         ),
-        ("whisper_model_name_or_path", "base", "path 'tiny', not 'base'"),
+        ("whisper_model_name_or_path", "base", "path '.*tiny.pt', not 'base'"),
         ("stride", 4, "stride '5', not '4'"),
-        ("prompt", "or/Say it.", "not 'Say it.'"),
+        ("prompt", f"or/{DEFAULTS['prompt']}", "not 'or/Repeat word"),
     ],
 )
 def test_a_projector_of_other_settings_is_refused(paths, tmp_path, setting, value, message):
@@ -539,12 +539,17 @@ def test_a_projector_of_other_sizes_is_refused(paths, tmp_path):
 
 def test_files_that_are_no_projector_are_refused(paths, tmp_path):
     path = str(tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match="the projector: No such file .*model.safetensors"):
+    with pytest.raises(InputError, match="the projector .*model.safetensors: No such file"):
         load(path)
+    Path(path).write_bytes(b"not a projector")
+    with pytest.raises(InputError, match="the projector .*model.safetensors: Error while deser"):
+        load(path)
+    with pytest.raises(InputError, match=f"the projector {tmp_path}: "):  # a folder
+        load(str(tmp_path))
     load_tiny(paths).save_projector(path)
     weights = load_file(path)
     save_file(weights, path)  # without metadata
-    with pytest.raises(InputError, match="model.safetensors is for format '', not '3'"):
+    with pytest.raises(InputError, match="model.safetensors is for format None, not '3'"):
         load(path)
     metadata = load_tiny(paths).settings
     save_file({"projector.conv.bias": weights["projector.conv.bias"]}, path, metadata)

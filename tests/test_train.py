@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -144,29 +145,40 @@ def test_the_same_command_resumes_exactly_from_the_newest_checkpoint(paths, tmp_
     assert log(tmp_path, "loss") == losses and len(losses) == 6
 
 
-def test_each_epoch_has_new_batches_of_utterances_about_as_long(tmp_path, monkeypatch):
-    sizes = [int(x) for x in torch.randint(1_000, 100_000, (400,))]
-    sampler = train.ByLength(8, lengths=sizes)
-    epochs = []
-    for epoch in (0, 1, 0):
-        sampler.set_epoch(epoch)
-        epochs.append(list(sampler))
-    assert epochs[0] == epochs[2] != epochs[1]  # as a resumed run must have it
-    assert all(sorted(order) == list(range(400)) for order in epochs)
-    batches = [[sizes[i] for i in epochs[1][start : start + 8]] for start in range(0, 400, 8)]
-    padded = sum(8 * max(batch) for batch in batches)
+def test_each_epoch_has_new_batches_of_utterances_about_as_long():
+    sizes = [int(x) for x in torch.randint(1_000, 100_000, (403,))]
+    args = SimpleNamespace(data_seed=None, seed=42)
+    trainer = SimpleNamespace(args=args, state=SimpleNamespace(epoch=0))
+    sampler = train.ByLength(8, lengths=sizes, generator=trainer)
+    first, again = list(sampler), list(sampler)
+    trainer.state.epoch = 1.25  # within the second epoch
+    second = list(sampler)
+    args.data_seed = 7
+    assert first == again and len({tuple(x) for x in (first, second, list(sampler))}) == 3
+    assert sorted(second) == list(range(403))
+    batches = [[sizes[i] for i in second[start : start + 8]] for start in range(0, 403, 8)]
+    padded = sum(len(batch) * max(batch) for batch in batches)
     assert padded < 1.1 * sum(sizes)  # and 1.7 times as much in batches at random
+    longest = torch.tensor([max(batch) for batch in batches]).float()
+    falls = (longest[1:] < longest[:-1]).float().mean()
+    assert 0.3 < falls < 0.7  # neither from long to short nor from short to long
 
 
-def test_resumes_exactly_within_the_second_epoch_with_workers_and_accumulation(paths, tmp_path):
-    options = ["--max_steps", "6", "--save_steps", "5", "--learning_rate", "1e-2"]
-    options += ["--gradient_accumulation_steps", "2", "--dataloader_num_workers", "2"]
-    options += ["--per_device_train_batch_size", "1"]  # an epoch has four steps
-    whole = run(paths, tmp_path, *options)
-    losses = log(tmp_path, "loss")
-    shutil.rmtree(tmp_path / "checkpoint-6")
-    assert equal(run(paths, tmp_path, *options), whole)
-    assert log(tmp_path, "loss") == losses and len(losses) == 6
+@pytest.mark.parametrize("processes", [1, 2])
+def test_resumes_exactly_within_the_second_epoch(paths, tmp_path, processes):
+    command = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node={processes}"
+    command += (
+        f" {ROOT}/train.py --llm_model_name_or_path {paths.qwen} --data_path {paths.manifest}"
+    )
+    command += f" --whisper_model_name_or_path {paths.whisper} --output_dir out --logging_steps 1"
+    command += f" --gradient_accumulation_steps {4 // processes} --dataloader_num_workers 2"
+    command += " --max_steps 4 --save_steps 3 --per_device_train_batch_size 1 --learning_rate 1e-2"
+    shell(command, tmp_path)  # two steps an epoch
+    whole, losses = load_file(tmp_path / "out" / "model.safetensors"), log(tmp_path / "out", "loss")
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    shell(command, tmp_path)
+    assert equal(load_file(tmp_path / "out" / "model.safetensors"), whole)
+    assert log(tmp_path / "out", "loss") == losses and len(losses) == 4
 
 
 def test_a_checkpoint_of_other_settings_is_not_resumed(paths, tmp_path):
