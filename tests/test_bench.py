@@ -60,3 +60,15 @@ def test_greedy_ctc_merges_repetitions_and_drops_blanks(paths, projector, monkey
     *lines, score = capsys.readouterr().out.splitlines()
     assert len(lines) == 8 and all(line.endswith(" | up") for line in lines)
     assert score.startswith("WER")
+
+
+def test_speed_compares_both_flows(paths):
+    options = ["--data_path", paths.manifest, "--llm_model_name_or_path", paths.qwen]
+    options += ["--whisper_model_name_or_path", paths.whisper, "--rounds", "1", "--batches", "2"]
+    options += ["--batch_size", "2", "--num_beams", "2", "--parts", "padding", "training"]
+    lines = bench("speed.py", *options, "decoding").splitlines()
+    rows = {line.split(" | ")[0]: line.split(" | ")[1:] for line in lines if " | " in line}
+    assert 0 < float(rows["by length"][0].split(" ")[0]) < 100
+    assert float(rows["ours, CTC and LLM"][1]) > 1  # times the reference
+    assert int(rows["ours, CTC alone"][2]) == 0  # positions that the LLM reads
+    assert rows["reference, no more tokens than ours"][2] == rows["ours"][2]
