@@ -16,7 +16,7 @@ from whisper.audio import HOP_LENGTH, N_SAMPLES, SAMPLE_RATE, log_mel_spectrogra
 from model import IGNORE, InputError, encode
 
 SAMPLES_PER_POSITION = 2 * HOP_LENGTH  # the second convolution of Whisper's encoder has stride 2
-SILENCE = SAMPLE_RATE // 2  # samples, at least, behind speech of less than 30 s
+SILENCE = SAMPLE_RATE // 2  # samples; windows under 30 s are multiples, one at least being silence
 
 
 def read_manifest(paths: list[str], need_text: bool = True) -> list[dict]:

@@ -74,3 +74,7 @@ arm blank-newline blank=$'\n'
 arm no-rms-norm rms_norm=off
 arm lr-3e-3 -- --learning_rate 3e-3
 arm stride-8 -- --stride 8
+for seed in 1 2 3; do # windows cut to the speech, and of 30 s as Whisper was trained
+    arm "seed-$seed" -- --seed "$seed"
+    arm "whole-windows-seed-$seed" SILENCE=480000 -- --seed "$seed"
+done
