@@ -9,6 +9,7 @@ Japanese, of the utterances that have a transcript.
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from functools import partial
 
@@ -38,12 +39,11 @@ class Arguments:
 def recognize(model, rows: list[dict], batch_size: int, num_beams: int):
     """Add its hypothesis as `hyp` to each row of a manifest, and yield it, large files first."""
     rows = sorted(rows, key=lambda row: -row["_size"])
-    collator = partial(collate, **model.collation)
-    loader = tqdm(DataLoader(rows, batch_size, collate_fn=collator, num_workers=2))
-    for i, batch in enumerate(loader):
+    collator, pending = partial(collate, **model.collation), iter(rows)
+    for batch in tqdm(DataLoader(rows, batch_size, collate_fn=collator, num_workers=2)):
         ids = model.generate(num_beams, **send_to_device(batch, model.llm.device))
         texts = model.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        for row, text in zip(rows[i * batch_size :], texts):
+        for text, row in zip(texts, pending):
             row["hyp"] = " ".join(text.split())
             yield row
 
@@ -55,7 +55,7 @@ def score(references: list[str], hypotheses: list[str]) -> str:
     """
     text = "".join(references)
     # kana and Chinese characters, which are written without word boundaries
-    cer = sum("\u3040" <= x <= "\u30ff" or "\u3400" <= x <= "\u9fff" for x in text) > len(text) / 2
+    cer = len(re.findall("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]", text)) > len(text) / 2
     english = sum(character.isascii() for character in text) > 0.99 * len(text)
     normalize = EnglishTextNormalizer() if english else BasicTextNormalizer(split_letters=cer)
     out = jiwer.process_words(*([normalize(x) for x in side] for side in (references, hypotheses)))

@@ -114,18 +114,15 @@ class Flow:
     def __init__(self, args: Arguments, name: str):
         torch.manual_seed(42)
         self.device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        names = ("llm_model_name_or_path", "whisper_model_name_or_path", "projector_model_path")
-        options = {key: getattr(args, key) for key in names}
-        self.ours = load(dtype=torch.bfloat16, **options).to(self.device)
+        self.ours = load(dtype=torch.bfloat16, **vars(args)).to(self.device)
         self.model = self.ours if name == "ours" else Reference(self.ours)
         self.args, self.rows = args, read_manifest(args.data_path)
-        self.optimizer = torch.optim.AdamW(
-            self.ours.projector.parameters(), lr=0.0
-        )  # all rounds alike
+        # the same projector in all rounds
+        self.optimizer = torch.optim.AdamW(self.ours.projector.parameters(), lr=0.0)
 
     def loader(self, rows: list[dict], size: int) -> DataLoader:
-        reference = isinstance(self.model, Reference)
-        function = self.model.collate if reference else partial(collate, **self.ours.collation)
+        ours = self.model is self.ours
+        function = partial(collate, **self.ours.collation) if ours else self.model.collate
         # without workers: a fork makes memory slow at first, and a round is but a few batches
         return DataLoader(rows, size, collate_fn=function)
 
@@ -138,11 +135,11 @@ class Flow:
         """Some batches of an epoch in its order, from the files to the optimizer's step."""
         self.attend("eager")
         size, generator = self.args.batch_size, torch.Generator().manual_seed(0)
-        if isinstance(self.model, Reference):
+        if self.model is self.ours:
+            order, count = list(by_length(self.rows, size)), self.args.batches
+        else:
             order = torch.randperm(len(self.rows), generator=generator).tolist()
             count = max(self.args.batches // 4, 1)
-        else:
-            order, count = list(by_length(self.rows, size)), self.args.batches
         # short batches and long ones: the middle of each of `count` shares of equal size
         starts = sorted(
             range(0, len(order) - size + 1, size),
@@ -289,15 +286,15 @@ def training(args: Arguments, reference: Process, ours: Process) -> str:
 
 def decoding(args: Arguments, reference: Process, ours: Process) -> str:
     """A table: ours, and the reference with as many tokens as ours takes, and with its own."""
-    results = {"ours": [], "reference, no more tokens than ours": [], "reference": []}
+    mine, limited, free = [], [], []
     for _ in tqdm(range(args.rounds), "decoding"):
-        mine = ours("decode")
-        results["ours"].append(mine)
-        for name, tokens in list(zip(results, (None, mine["tokens"], None)))[1:]:
-            results[name].append(reference("decode", tokens=tokens))
+        mine.append(ours("decode"))
+        limited.append(reference("decode", tokens=mine[-1]["tokens"]))
+        free.append(reference("decode"))
+    results = {"ours": mine, "reference, no more tokens than ours": limited, "reference": free}
     table = f"flow, beam {args.num_beams} | utterances/s | ratio of ours | tokens | peak memory\n"
     table += "---|---|---|---|---\n"
-    base = statistics.median(x["seconds"] for x in results["ours"])
+    base = statistics.median(x["seconds"] for x in mine)
     for name, rounds in results.items():
         seconds = statistics.median(x["seconds"] for x in rounds)
         table += f"{name} | {rounds[0]['utterances'] / seconds:.2f} | {seconds / base:.1f} | "

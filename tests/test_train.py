@@ -214,6 +214,10 @@ def test_two_processes_learn_what_one_learns_with_accumulation(paths, tmp_path):
     for key in ("loss", "grad_norm", "eval_loss", "eval_swapped_loss"):
         single = log(tmp_path / "one", key)
         assert log(tmp_path / "two", key) == pytest.approx(single, rel=1e-5) and single
+    for name in ("one", "two"):
+        keys = ("eval_listening_gap", "eval_swapped_loss", "eval_loss")
+        [gap], [swapped], [loss] = (log(tmp_path / name, key) for key in keys)
+        assert gap == swapped - loss and gap
     assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
 
 
