@@ -19,33 +19,30 @@ SAMPLES_PER_POSITION = 2 * HOP_LENGTH  # the second convolution of Whisper's enc
 SILENCE = SAMPLE_RATE // 2  # samples; windows under 30 s are multiples, one at least being silence
 
 
-def read_manifest(paths: list[str], need_text: bool = True) -> list[dict]:
+def read_manifest(paths: list[str], default: str | None = None) -> list[dict]:
     """All utterances of the manifests in order, with `_path` and `_size` (bytes) of their audio.
 
-    A relative `wav` is relative to its manifest. InputError with file:line for a bad line.
+    A relative `wav` is relative to its manifest. InputError with file:line for a bad line, and for
+    one without `txt` where `default`, what to check in its place, is None.
     """
     rows = []
     for path in map(Path, paths):
         lines = enumerate(path.read_bytes().split(b"\n"), start=1)
-        rows += [parse_line(x, path, i, need_text) for i, x in lines if x.strip()]
+        rows += [parse_line(x, path, i, default) for i, x in lines if x.strip()]
     if not rows:
         raise InputError(f"{', '.join(paths)}: no utterance in it; wanted JSONL lines")
     return rows
 
 
-def parse_line(line: bytes, manifest: Path, number: int, need_text: bool) -> dict:
+def parse_line(line: bytes, manifest: Path, number: int, default: str | None) -> dict:
     """One utterance of a manifest; `number` is the line's, for its InputError."""
-    where = f"{manifest}:{number}"
     try:
         row = dict(json.loads(line))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{where}: not a JSON object in UTF-8: {line[:80]!r}") from error
-    for key in ("wav", "txt") if need_text or "txt" in row else ("wav",):
-        if not isinstance(row.get(key), str):
-            raise InputError(f'{where}: "{key}" must be a string, got {row.get(key)!r}')
-    path = manifest.parent / row["wav"]
-    if not path.is_file():
-        raise InputError(f'{where}: "wav" names {path}, which is no file')
+        path, text = manifest.parent / str(row.get("wav")), row.get("txt", default)
+        if not (path.is_file() and isinstance(text, str)):
+            raise ValueError(f'"wav" must be a file, got {path}, and "txt" a string, got {text!r}')
+    except (TypeError, ValueError) as error:  # the first from an array, ValueError from all else
+        raise InputError(f"{manifest}:{number}: {error}, in {line[:80]!r}") from error
     return {**row, "_path": str(path), "_size": path.stat().st_size}
 
 

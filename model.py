@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import whisper
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
-from torch import Tensor, func, nn
+from accelerate import PartialState
+from safetensors.torch import load_file, safe_open, save
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
@@ -79,7 +79,8 @@ class Projector(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(x, (0, 0, 0, -x.shape[1] % self.conv.stride[0]))  # (B, A * stride, C)
         x = F.relu(self.conv(x.transpose(1, 2))).transpose(1, 2)  # (B, A, C)
-        return F.rms_norm(self.output(F.relu(self.hidden(x))), self.output.bias.shape)  # (B, A, D)
+        # the width from the layer, as under ZeRO-3 its weights have no shape  # (B, A, D)
+        return F.rms_norm(self.output(F.relu(self.hidden(x))), [self.output.out_features])
 
 
 class SpeechLLM(nn.Module):
@@ -97,24 +98,32 @@ class SpeechLLM(nn.Module):
         # the blank is the token that audio without speech is to be like
         self.settings, self.tokenizer, self.blank = settings, tokenizer, encode(tokenizer, " ")[-1]
         self.encoder, self.llm = encoder.requires_grad_(False), llm.requires_grad_(False)
-        # as the LLM reads them, which in Gemma is not as they are stored
-        embeddings = llm.get_input_embeddings()(torch.arange(llm.config.vocab_size))
-        self.rms = float(embeddings.square().mean(dtype=torch.float32)) ** 0.5
-        hidden, stride = int(settings["hidden_dim"]), int(settings["stride"])
-        self.projector = Projector(encoder.conv1.out_channels, embeddings.shape[1], hidden, stride)
+        # 80 mel bins, or 128 from large-v3 on
+        n_mels, encoder_dim = encoder.conv1.in_channels, encoder.conv1.out_channels
+        stride, llm_dim = int(settings["stride"]), llm.get_input_embeddings().embedding_dim
+        self.projector = Projector(encoder_dim, llm_dim, int(settings["hidden_dim"]), stride)
+        # a checkpoint is the projector: the rest is not missing
+        self.register_load_state_dict_post_hook(lambda _, keys: keys.missing_keys.clear())
+        self.config = llm.config  # its width is ZeRO's size of buckets
         self.activation_checkpointing_enable = llm.activation_checkpointing_enable
         stops = torch.tensor(llm.generation_config.eos_token_id or []).flatten().tolist()
         # no sampling, no penalties of a chat
         llm.generation_config = GenerationConfig(eos_token_id=[self.end_id, *stops])
-        self.ctc_losses: list[Tensor] = []  # each (B,), until a log is written
-        # what data.collate is to know: 80 mel bins, or 128 from large-v3 on
-        self.collation = {"tokenizer": tokenizer, "end_id": self.end_id, "stride": stride}
-        self.collation["n_mels"] = encoder.conv1.in_channels
+        # what data.collate is to know
+        self.collation = dict(tokenizer=tokenizer, end_id=self.end_id, stride=stride, n_mels=n_mels)
+
+    @cached_property
+    def rms(self) -> float:
+        """Of the embeddings as the LLM reads them, which in Gemma is not as they are stored."""
+        # a call of the module, here and elsewhere, as under ZeRO-3 only that gathers its weights
+        ids = torch.arange(self.llm.config.vocab_size, device=self.llm.device)
+        return float(self.llm.get_input_embeddings()(ids).square().mean(dtype=torch.float32)) ** 0.5
 
     @cached_property
     def prompt_layers(self) -> list:
         """Keys and values of the tokens before the audio, which are the same in every batch."""
-        return self.llm(torch.tensor([self.before], device=self.llm.device)).past_key_values.layers
+        ids = torch.tensor([self.before], device=self.llm.device)
+        return self.llm(ids, use_cache=True).cache.layers  # the Trainer says no cache
 
     def project(self, encoder_lengths, mel, **_) -> tuple[Tensor, Tensor]:
         """Audio (B, A, D), each position as long as a typical embedding, and true lengths (B,)."""
@@ -124,7 +133,7 @@ class SpeechLLM(nn.Module):
             windows = torch.cat([mel[i] for i in places]).to(self.llm.dtype)
             # Whisper's encoder is made for 30 s, but its positions are sines, and end anywhere
             positions = {"positional_embedding": self.encoder.positional_embedding[: frames // 2]}
-            outputs = func.functional_call(self.encoder, positions, windows)
+            outputs = torch.func.functional_call(self.encoder, positions, windows)
             for i, x in zip(places, outputs.split([len(mel[i]) for i in places])):
                 encoded[i] = x.flatten(0, 1)[: encoder_lengths[i]]  # (E, C)
         audio = self.rms * self.projector(pad_sequence(encoded, True).to(self.projector.conv.bias))
@@ -166,25 +175,29 @@ class SpeechLLM(nn.Module):
         inputs = {"attention_mask": mask, "position_ids": mask.cumsum(1)[:, start:] - 1}
         inputs["inputs_embeds"] = pad_sequence(rows, True, padding_side="left")
         cache = DynamicCache(kv, config=self.llm.config) if cached else None
-        return inputs | {"past_key_values": cache}
+        return inputs | {"cache": cache}
 
-    def forward(self, labels, num_items_in_batch=None, ctc_weight=0.0, ctc_alone=False, **batch):
-        """The LLM's loss, of the answers alone, and the weighted CTC loss, in nats a label.
+    def forward(self, labels, num_items_in_batch=None, ctc=0.0, ctc_alone=False, **batch):
+        """The LLM's loss, of the answers alone, and `ctc` times the CTC loss, in nats a label.
 
         A mean over `num_items_in_batch` labels (all of an optimizer's step), or else over its own.
+        When not training there is also the listening gap (B,), the same in each place: the loss
+        with each utterance's audio taken from the one before it in the batch, less the loss.
         """
         audio, lengths = self.project(**batch)
         items, loss = num_items_in_batch or (labels != IGNORE).sum(), 0.0
-        if ctc_weight:
-            losses = self.ctc_loss(audio, lengths, batch["transcripts"])
-            self.ctc_losses.append(losses.detach())
-            loss = ctc_weight * losses.sum() / items
+        if ctc:
+            loss = ctc * self.ctc_loss(audio, lengths, batch["transcripts"]).sum() / items
         if not ctc_alone:
-            inputs = self.splice(audio, lengths, labels)
             # indices, as a slice is not contiguous: for it a CPU would copy the classifier B times
-            inputs["logits_to_keep"] = torch.arange(-labels.shape[1], 0, device=labels.device)
-            loss = loss + self.llm(**inputs, labels=labels, num_items_in_batch=items).loss
-        return {"loss": loss}
+            keep = torch.arange(-labels.shape[1], 0, device=labels.device)
+            options = {"labels": labels, "num_items_in_batch": items, "logits_to_keep": keep}
+            loss = loss + self.llm(**self.splice(audio, lengths, labels), **options).loss
+        if self.training:
+            return {"loss": loss}
+        swapped = self.splice(audio.roll(1, 0), lengths.roll(1, 0), labels)
+        gap = self.llm(**swapped, **options).loss - loss
+        return {"loss": loss, "listening_gap": gap.expand(len(labels))}
 
     def generate(self, num_beams: int, **batch) -> Tensor:
         """New token ids (B, T), filled up with `end_id`.
@@ -212,7 +225,7 @@ class SpeechLLM(nn.Module):
         part.replace(path)
 
 
-def load(projector_model_path=None, dtype=torch.float32, **given):
+def load(projector_model_path=None, bf16=False, **given):
     """A SpeechLLM, on the CPU.
 
     Of a command's arguments, `given`, these count: llm_model_name_or_path (for transformers' Auto
@@ -220,7 +233,7 @@ def load(projector_model_path=None, dtype=torch.float32, **given):
     prompt. What is missing or None is the projector file's, or else the default. InputError where
     they differ; but a model may have moved: the last part of its path must be the same.
     """
-    path, options = projector_model_path, {"dtype": dtype, "use_cache": True}
+    path, dtype = projector_model_path, torch.bfloat16 if bf16 else torch.float32
     known = {*DEFAULTS, "llm_model_name_or_path", "whisper_model_name_or_path"}
     given = {key: str(given[key]) for key in known & given.keys() if given[key] is not None}
     try:
@@ -230,12 +243,13 @@ def load(projector_model_path=None, dtype=torch.float32, **given):
             if path and part(saved.get(key, "")) != part(value):
                 raise InputError(f"{path} is for {key} {saved.get(key)!r}, not {value!r}")
         settings = {**DEFAULTS, **saved, **given}
-        encoder = whisper.load_model(settings["whisper_model_name_or_path"], "cpu").encoder
+        with PartialState().local_main_process_first():  # one process downloads
+            encoder = whisper.load_model(settings["whisper_model_name_or_path"], "cpu").encoder
         tokenizer = AutoTokenizer.from_pretrained(settings["llm_model_name_or_path"])
-        llm = AutoModelForCausalLM.from_pretrained(settings["llm_model_name_or_path"], **options)
+        llm = AutoModelForCausalLM.from_pretrained(settings["llm_model_name_or_path"], dtype=dtype)
         model = SpeechLLM(encoder, llm, tokenizer, settings)
         if path:
             nn.ModuleDict({"projector": model.projector}).load_state_dict(load_file(path))
-    except (KeyError, OSError, RuntimeError, SafetensorError, ValueError) as error:
+    except Exception as error:
         raise InputError(f"cannot load the models, or the projector {path}: {error}") from error
     return model

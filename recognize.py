@@ -8,20 +8,20 @@ Japanese, of the utterances that have a transcript.
 """
 
 import json
-import os
 import re
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import jiwer
 import torch
-from accelerate.utils import send_to_device, tqdm
-from torch.utils.data import DataLoader
+from accelerate import Accelerator, PartialState
+from accelerate.utils import tqdm
 from transformers.hf_argparser import HfArg, HfArgumentParser
 from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 
 from data import collate, read_manifest
-from model import InputError, load, run
+from model import load, run
 
 
 @dataclass
@@ -37,13 +37,16 @@ class Arguments:
 
 
 def recognize(model, rows: list[dict], batch_size: int, num_beams: int):
-    """Add its hypothesis as `hyp` to each row of a manifest, and yield it, large files first."""
-    rows = sorted(rows, key=lambda row: -row["_size"])
+    """Add its hypothesis as `hyp` to each row of a manifest, and yield it, large files first.
+
+    Several processes share the batches out, and each of them yields all rows.
+    """
+    rows, accelerator = sorted(rows, key=lambda row: -row["_size"]), Accelerator()
     collator, pending = partial(collate, **model.collation), iter(rows)
-    for batch in tqdm(DataLoader(rows, batch_size, collate_fn=collator, num_workers=2)):
-        ids = model.generate(num_beams, **send_to_device(batch, model.llm.device))
-        texts = model.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        for text, row in zip(texts, pending):
+    loader = torch.utils.data.DataLoader(rows, batch_size, collate_fn=collator, num_workers=2)
+    for batch in tqdm(accelerator.prepare(loader)):
+        texts = model.tokenizer.batch_decode(model.generate(num_beams, **batch), True)
+        for text, row in zip(accelerator.gather_for_metrics(texts, True), pending):
             row["hyp"] = " ".join(text.split())
             yield row
 
@@ -64,28 +67,26 @@ def score(references: list[str], hypotheses: list[str]) -> str:
     return f"{rate}: {out.hits} right, {edits}"
 
 
-@torch.inference_mode()
 def main(argv: list[str] | None = None) -> None:
     [args] = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError("recognition is one process: start it with python, not torchrun")
-    rows = read_manifest(args.data_path, need_text=False)
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
-    part, plain = f"{args.result_path}.part", args.result_path.endswith(".txt")
-    os.makedirs(os.path.dirname(part) or ".", exist_ok=True)
+    rows = read_manifest(args.data_path, default="")
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    part = Path(f"{args.result_path}.part" if state.is_main_process else "/dev/null")
+    part.parent.mkdir(parents=True, exist_ok=True)
     # if it cannot be written, then before models load
-    with open(part, "w", encoding="utf-8", errors="replace") as file:
-        model = load(dtype=dtype, **vars(args)).to(device).eval()
+    with part.open("w", encoding="utf-8", errors="replace") as file:
+        model = load(**vars(args)).to(state.device).eval()
         for row in recognize(model, rows, args.batch_size, args.num_beams):
             print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
-    with open(part, "w", encoding="utf-8", errors="replace") as file:
+    with part.open("w", encoding="utf-8", errors="replace") as file:
         for row in rows:
             del row["_path"], row["_size"]
+            plain = args.result_path.endswith(".txt")
             print(row["hyp"] if plain else json.dumps(row, ensure_ascii=False), file=file)
-    os.replace(part, args.result_path)
-    if scored := [(row["txt"], row["hyp"]) for row in rows if "txt" in row]:
-        print(score(*zip(*scored)))
+    if state.is_main_process:
+        part.replace(args.result_path)
+        if scored := [(row["txt"], row["hyp"]) for row in rows if "txt" in row]:
+            print(score(*zip(*scored)))
 
 
 if __name__ == "__main__":

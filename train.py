@@ -7,14 +7,16 @@ All arguments of the Hugging Face Trainer are understood. Started again with the
 goes on from the newest checkpoint in `output_dir`.
 """
 
-from dataclasses import dataclass, field
-from functools import partial
+import os
+import random
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial, partialmethod
 from pathlib import Path
 
 import torch
 import transformers
 from transformers.hf_argparser import HfArg, HfArgumentParser
-from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
 from data import collate, read_manifest
 from model import InputError, load, run
@@ -34,90 +36,81 @@ class TrainingArguments(transformers.TrainingArguments):
     # flags of the published recipe that transformers 5 renamed
     eval_strategy: str = HfArg(default="no", aliases=["--evaluation_strategy"], help="When.")
     warmup_steps: float = HfArg(default=0, aliases=["--warmup_ratio"], help="Below 1: a ratio.")
-    # collate needs all columns, batches are by length, every step uses the whole projector
-    remove_unused_columns: bool = field(default=False, init=False)
-    train_sampling_strategy: str = field(default="random", init=False)
-    ddp_find_unused_parameters: bool | None = field(default=False, init=False)
     use_cpu: bool = HfArg(default=not torch.accelerator.is_available(), help="No accelerator.")
 
 
-class ByLength(LengthGroupedSampler):
-    """The Trainer's sampler, but with batches in random order: from long to short does harm.
+def by_length(rows: list[dict], size: int, seed: int) -> list[dict]:
+    """Rows so that each `size` of them are of about one length, in random order of these batches.
 
-    Its `generator` is the Trainer: what is drawn follows from the seed and from the epoch's number,
-    in a run that goes on, too.
+    Not from long to short, which does harm. Bytes tell lengths apart nearly as well as seconds, and
+    without reading the audio; a row that comes twice is moved a little, to another batch.
     """
-
-    def __iter__(self):
-        args, epoch = self.generator.args, int(self.generator.state.epoch)
-        random = torch.Generator().manual_seed((args.data_seed or args.seed) + epoch)
-        order = get_length_grouped_indices(self.lengths, self.batch_size, generator=random)
-        steps = torch.tensor(order).split(self.batch_size)
-        places = torch.randperm(len(steps) - 1, generator=random).tolist()
-        return iter(torch.cat([steps[i] for i in [*places, -1]]).tolist())  # the last may be short
+    draw = random.Random(seed)
+    rows = sorted(rows, key=lambda row: row["_size"] * draw.uniform(0.95, 1.05))
+    *batches, last = [rows[i : i + size] for i in range(0, len(rows), size)]
+    draw.shuffle(batches)
+    return [row for batch in [*batches, last] for row in batch]  # the last may be short
 
 
 class ProjectorTrainer(transformers.Trainer):
     """The Trainer, with the CTC loss, the listening gap, and checkpoints of the projector alone."""
 
-    def _get_train_sampler(self, train_dataset=None) -> ByLength:
-        step = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        # bytes tell lengths apart nearly as well as seconds, and without reading the audio
-        return ByLength(step, lengths=[x["_size"] for x in self.train_dataset], generator=self)
+    gathered = nullcontext  # or, where parameters are sharded, ZeRO's GatheredParameters
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        if model.training and self.args.ctc_weight:
-            alone = self.state.global_step < self.args.ctc_first * self.state.max_steps
-            inputs = {**inputs, "ctc_weight": self.args.ctc_weight, "ctc_alone": alone}
-        return super().compute_loss(model, inputs, *args, **kwargs)
+    def compute_loss(self, model, inputs, **kwargs):
+        ctc = self.args.ctc_weight if model.training else 0.0
+        alone = ctc and self.state.global_step < self.args.ctc_first * self.state.max_steps
+        return super().compute_loss(model, inputs | {"ctc": ctc, "ctc_alone": alone}, **kwargs)
 
-    def log(self, logs: dict[str, float], *args) -> None:
-        """Add this process's CTC loss an utterance, and how many had too much text for theirs."""
-        if "loss" in logs and self.model.ctc_losses:
-            losses, self.model.ctc_losses = torch.cat(self.model.ctc_losses), []
-            logs |= {"ctc_loss": losses.mean().item(), "ctc_skipped": int((losses == 0).sum())}
-        super().log(logs, *args)
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Log the loss, the loss with each utterance's audio taken from the next, and their gap."""
-        rows, name, metrics = eval_dataset or self.eval_dataset, metric_key_prefix, {}
-        swapped = [row | {"_path": other["_path"]} for row, other in zip(rows, rows[1:] + rows[:1])]
-        for part, prefix in ((rows, name), (swapped, f"{name}_swapped")):
-            self._eval_dataloaders = {}  # persistent workers would go on with the other part
-            metrics |= super().evaluate(part, ignore_keys, prefix)
-        gap = {f"{name}_listening_gap": metrics[f"{name}_swapped_loss"] - metrics[f"{name}_loss"]}
-        self.log(gap)
-        return metrics | gap
-
-    def _issue_warnings_after_load(self, load_result) -> None:
-        """None: a checkpoint is the projector, and the rest is not missing."""
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Wait for all to have saved: trainer_state.json, which is next, means that it is whole."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if self.args.should_save:
-            self.model.save_projector(f"{output_dir or self.args.output_dir}/model.safetensors")
+        with self.gathered([*self.model.projector.parameters()]):
+            if self.args.should_save:
+                self.model.save_projector(f"{output_dir or self.args.output_dir}/model.safetensors")
 
 
 def main(argv: list[str] | None = None) -> None:
     [args] = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(argv)
-    if args.n_gpu > 1:
-        raise InputError(f"{args.n_gpu} GPUs: start it with torchrun --nproc_per_node={args.n_gpu}")
-    train_rows = read_manifest(args.data_path)
+    started = int(os.environ.get("WORLD_SIZE", args.deepspeed is None))  # ZeRO wants torchrun
+    if args.n_gpu > 1 or args.world_size != started:
+        raise InputError(f"wanted torchrun --nproc_per_node={args.n_gpu or 1}, got {started}")
+    if args.deepspeed:
+        import deepspeed
+
+        ProjectorTrainer.gathered = deepspeed.zero.GatheredParameters
+        engine, options = deepspeed.DeepSpeedEngine, {"exclude_frozen_parameters": True}
+        engine.save_checkpoint = partialmethod(engine.save_checkpoint, **options)
+        deepspeed.ops.__compatible_ops__ = {}  # gloo, and nothing to compile
+        deepspeed.init_distributed("gloo" if args.use_cpu else None, auto_mpi_discovery=False)
+    step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    train_rows = by_length(read_manifest(args.data_path), step, args.data_seed or args.seed)
     eval_rows = read_manifest(args.eval_data_path) if args.eval_data_path else None
 
     # the newest checkpoint that was written whole: its trainer_state.json comes last
-    whole = [x.parent for x in Path(args.output_dir).glob("checkpoint-[0-9]*/trainer_state.json")]
-    newest = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
-    if resume := args.resume_from_checkpoint or newest:
+    states = Path(args.output_dir).glob("checkpoint-[0-9]*/trainer_state.json")
+    whole = {int(x.parent.name[11:]): x.parent for x in states if x.read_text().endswith("\n}\n")}
+    if resume := args.resume_from_checkpoint or whole.get(max(whole, default=0)):
         args.projector_model_path = f"{resume}/model.safetensors"
+        files = " ".join(os.listdir(resume))
+        wanted = f"{args.world_size} processes, ZeRO-3 {bool(args.deepspeed)}"
+        found = f"{files.count('rng_state')} processes, ZeRO-3 {'global_step' in files}"
+        if found != wanted:
+            raise InputError(f"{resume}: {found}, not {wanted}; start anew: --projector_model_path")
 
     transformers.set_seed(args.seed)  # for the projector's first weights
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    with args.main_process_first():  # one process downloads
-        model = load(dtype=dtype, **vars(args))
-    if dtype == torch.bfloat16 and args.use_cpu:  # trains 1.3 times as fast so
+    model = load(**vars(args))
+    if args.bf16 and args.use_cpu:  # trains 1.3 times as fast so
         model.llm.set_attn_implementation("eager")
+    # collate needs all columns, rows are in their order, every step uses the whole projector
+    args.remove_unused_columns = args.ddp_find_unused_parameters = False
+    args.train_sampling_strategy = "sequential"
     collator = partial(collate, **model.collation, max_length=args.model_max_length)
     trainer = ProjectorTrainer(model, args, collator, train_rows, eval_rows)
+    trainer.compute_metrics = lambda out: {"listening_gap": out.predictions.mean()}
     trainer.train(resume and str(resume))
     trainer.save_model()
     trainer.save_state()

@@ -1,9 +1,13 @@
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import tiny
-from torch.utils.data import DataLoader
+import torch
 
 import recognize
 from data import read_manifest
@@ -77,10 +81,13 @@ def test_large_files_come_first_and_results_in_the_order_of_the_manifest(
 
     monkeypatch.setattr(recognize, "collate", collate)
     model = load(projector)
-    rows = read_manifest([str(manifest)], need_text=False)
-    monkeypatch.setattr(
-        recognize, "DataLoader", lambda *args, num_workers, **x: DataLoader(*args, **x)
-    )
+    rows = read_manifest([str(manifest)], default="")
+
+    class InProcess(torch.utils.data.DataLoader):
+        def __init__(self, *args, num_workers=0, **options):
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(torch.utils.data, "DataLoader", InProcess)
     done = [row["wav"] for row in recognize.recognize(model.eval(), rows, 1, 1)]
     assert done == order == ["1.wav", "2.wav", "0.wav"]
     assert [row["wav"] for row in rows] == ["0.wav", "1.wav", "2.wav"]
@@ -104,14 +111,30 @@ def test_audio_that_cannot_be_read_is_named_and_finished_hypotheses_are_kept(pro
     tiny.make_sound(tmp_path / "a.wav", 0.4, 300)
     (tmp_path / "b.wav").write_text("not audio")
     manifest = tmp_path / "m.jsonl"
-    manifest.write_text('{"wav": "a.wav"}\n{"wav": "b.wav"}')
+    # large files come first, and while one batch is recognised the next is read
+    manifest.write_text('{"wav": "b.wav"}\n' + '{"wav": "a.wav"}\n' * 2)
     with pytest.raises(InputError, match=r"b.wav: cannot be decoded"):
         run(projector, manifest, tmp_path / "out.txt", "--batch_size", "1")
     assert not (tmp_path / "out.txt").exists()
     assert len((tmp_path / "out.txt.part").read_text(encoding="utf-8").splitlines()) == 1
 
 
-def test_several_processes_are_refused(paths, projector, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="not torchrun"):
-        run(projector, paths.manifest, tmp_path / "out.txt")
+@pytest.mark.parametrize("count", [5, 8])
+def test_two_processes_recognise_what_one_does_in_the_order_of_the_manifest(
+    paths, projector, tmp_path, count
+):
+    lines = Path(paths.manifest).read_text().splitlines()[:count]  # 5 do not go into batches of 2
+    manifest = Path(paths.manifest).with_name("some.jsonl")
+    manifest.write_text("\n".join(lines))
+    options = ["--projector_model_path", projector, "--data_path", str(manifest)]
+    options += ["--num_beams", "2", "--batch_size", "2", "--result_path", "two.jsonl"]
+    one = run(projector, manifest, tmp_path / "one.jsonl", "--num_beams", "2", "--batch_size", "2")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(Path(recognize.__file__)), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    two = (tmp_path / "two.jsonl").read_text(encoding="utf-8").splitlines()
+    assert two == one and len(two) == count and len(set(two)) == count
+    assert done.stdout.count("WER") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.jsonl", "two.jsonl"]
