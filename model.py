@@ -35,10 +35,10 @@ class InputError(ValueError):
 
 
 def run(main) -> None:
-    """Call a command's main; InputError, a data worker's too, and OSError become one line."""
+    """Call a command's main; InputError, also a data worker's, and the system's become one line."""
     try:
         main()
-    except (InputError, OSError) as error:
+    except (InputError, OSError, torch.distributed.DistError) as error:
         raise SystemExit(f"error: {str(error).rsplit('InputError: ', 1)[-1].strip()}") from None
 
 
@@ -185,7 +185,8 @@ class SpeechLLM(nn.Module):
         with each utterance's audio taken from the one before it in the batch, less the loss.
         """
         audio, lengths = self.project(**batch)
-        items, loss = num_items_in_batch or (labels != IGNORE).sum(), 0.0
+        count, loss = (labels != IGNORE).sum(), 0.0
+        items = num_items_in_batch or count
         if ctc:
             loss = ctc * self.ctc_loss(audio, lengths, batch["transcripts"]).sum() / items
         if not ctc_alone:
@@ -196,7 +197,7 @@ class SpeechLLM(nn.Module):
         if self.training:
             return {"loss": loss}
         swapped = self.splice(audio.roll(1, 0), lengths.roll(1, 0), labels)
-        gap = self.llm(**swapped, **options).loss - loss
+        gap = (self.llm(**swapped, **options).loss - loss) * items / count
         return {"loss": loss, "listening_gap": gap.expand(len(labels))}
 
     def generate(self, num_beams: int, **batch) -> Tensor:

@@ -68,13 +68,12 @@ def curve(args: train.TrainingArguments) -> str:
     for log in json.loads(Path(args.output_dir, "trainer_state.json").read_text())["log_history"]:
         if any(key.startswith("eval_") for key in log):
             logs.setdefault(log["step"], {}).update(log)
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
     rows, table = data.read_manifest(args.eval_data_path), HEAD
     for step, log in logs.items():
         cells = [step * args.train_batch_size * args.gradient_accumulation_steps]
         cells += [f"{log['eval_loss']:.2f}", f"{log['eval_listening_gap']:.2f}"]
         path = Path(args.output_dir, f"checkpoint-{step}", "model.safetensors")
-        speech_llm = train.load(projector_model_path=path, dtype=dtype).eval()
+        speech_llm = train.load(projector_model_path=path, bf16=args.bf16).eval()
         done = [(x["txt"], x["hyp"]) for x in recognize.recognize(speech_llm, rows, 10, 1)]
         score = recognize.score(*zip(*done))
         cells.append(score.removeprefix("WER ").split(" in ")[0])

@@ -4,7 +4,8 @@
 
 Each position of the projected audio becomes the token whose embedding is nearest; repetitions are
 merged and blanks dropped. Where this is wrong the LLM can only guess; where it is right and
-recognize.py is not, the LLM does not read what is there.
+recognize.py is not, the LLM does not read what is there. The CTC loss skips transcripts with more
+tokens than their audio has positions: many of them call for a smaller --stride.
 """
 
 import sys
@@ -29,9 +30,11 @@ def main(projector: str, manifest: str) -> None:
     collator = partial(collate, **speech_llm.collation)
     ids = torch.arange(speech_llm.llm.config.vocab_size)
     embeddings = speech_llm.llm.get_input_embeddings()(ids)  # (V, D)
-    hypotheses = []
+    hypotheses, skipped = [], 0
     for batch in tqdm(DataLoader(rows, 8, collate_fn=collator, num_workers=1)):
         audio, lengths = speech_llm.project(**batch)
+        losses = speech_llm.ctc_loss(audio, lengths, batch["transcripts"])
+        skipped += int((losses == 0).sum())
         for positions, length in zip(audio, lengths):
             tokens = (positions[:length] @ embeddings.T).argmax(-1).unique_consecutive()
             hypotheses.append(
@@ -40,6 +43,7 @@ def main(projector: str, manifest: str) -> None:
     for row, hypothesis in list(zip(rows, hypotheses))[:8]:
         print(f"{row['txt']} | {hypothesis}")
     print(score([row["txt"] for row in rows], hypotheses))
+    print(f"{skipped} of {len(rows)} transcripts have more tokens than their audio has positions")
 
 
 if __name__ == "__main__":

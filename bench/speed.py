@@ -13,6 +13,7 @@ the rounds are printed.
 
 import json
 import multiprocessing
+import random
 import statistics
 import subprocess
 import sys
@@ -21,7 +22,6 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import soundfile
 import torch
@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data import collate, load_audio, read_manifest
 from model import IGNORE, load, run
-from train import ByLength
+from train import by_length
 
 ROOT = Path(__file__).parents[1]
 POSITIONS, SLOTS, TOKENS = 512, 300, 50  # of the recipe: in all, of audio, and new ones at most
@@ -101,20 +101,13 @@ class Reference(nn.Module):
         return self.llm.generate(inputs_embeds=self.embed(mel, ask), **options)
 
 
-def by_length(rows: list[dict], size: int) -> ByLength:
-    """The order of the first epoch."""
-    args = SimpleNamespace(data_seed=None, seed=42)
-    trainer = SimpleNamespace(args=args, state=SimpleNamespace(epoch=0))
-    return ByLength(size, lengths=[row["_size"] for row in rows], generator=trainer)
-
-
 class Flow:
     """One way to train and decode, in a process of its own."""
 
     def __init__(self, args: Arguments, name: str):
         torch.manual_seed(42)
         self.device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        self.ours = load(dtype=torch.bfloat16, **vars(args)).to(self.device)
+        self.ours = load(bf16=True, **vars(args)).to(self.device)
         self.model = self.ours if name == "ours" else Reference(self.ours)
         self.args, self.rows = args, read_manifest(args.data_path)
         # the same projector in all rounds
@@ -134,20 +127,17 @@ class Flow:
     def train(self, **options) -> dict:
         """Some batches of an epoch in its order, from the files to the optimizer's step."""
         self.attend("eager")
-        size, generator = self.args.batch_size, torch.Generator().manual_seed(0)
+        size = self.args.batch_size
         if self.model is self.ours:
-            order, count = list(by_length(self.rows, size)), self.args.batches
+            rows, count = by_length(self.rows, size, seed=42), self.args.batches
         else:
-            order = torch.randperm(len(self.rows), generator=generator).tolist()
+            rows = random.Random(0).sample(self.rows, len(self.rows))
             count = max(self.args.batches // 4, 1)
         # short batches and long ones: the middle of each of `count` shares of equal size
-        starts = sorted(
-            range(0, len(order) - size + 1, size),
-            key=lambda start: self.rows[order[start]]["_size"],
-        )
-        chosen = [starts[int((k + 0.5) * len(starts) / count)] for k in range(count)]
-        rows = [self.rows[i] for start in chosen for i in order[start : start + size]]
-        return self.steps(rows, size, **options)
+        batches = [rows[start : start + size] for start in range(0, len(rows) - size + 1, size)]
+        batches.sort(key=lambda batch: batch[0]["_size"])
+        chosen = [batches[int((k + 0.5) * len(batches) / count)] for k in range(count)]
+        return self.steps(sum(chosen, []), size, **options)
 
     def steps(self, rows: list[dict], size: int, **options) -> dict:
         start = time.perf_counter()
@@ -166,8 +156,8 @@ class Flow:
         if not path.exists():
             soundfile.write(path, torch.randn(seconds * 16_000).numpy() / 10, 16_000)
         row = {"_path": str(path), "txt": "and then some " * seconds}
-        self.steps([row] * size, size, ctc_weight=0.3)
-        return self.steps([row] * 3 * size, size, ctc_weight=0.3)
+        self.steps([row] * size, size, ctc=0.3)
+        return self.steps([row] * 3 * size, size, ctc=0.3)
 
     @torch.inference_mode()
     def decode(self, tokens: list[int] | None = None) -> dict:
@@ -249,9 +239,9 @@ class Process:
 
 # what ours does: a row's name, and the options of `forward`
 OURS = {
-    "ours, CTC alone": {"ctc_weight": 0.3, "ctc_alone": True},
-    "ours, CTC and LLM": {"ctc_weight": 0.3},
-    "ours, LLM alone": {"ctc_weight": 0.0},
+    "ours, CTC alone": {"ctc": 0.3, "ctc_alone": True},
+    "ours, CTC and LLM": {"ctc": 0.3},
+    "ours, LLM alone": {"ctc": 0.0},
 }
 
 
@@ -321,15 +311,12 @@ def growth(args: Arguments, reference: Process, ours: Process) -> str:
 
 def padding(args: Arguments) -> str:
     """How much of the audio in a batch is padding, at random and by length."""
-    rows = read_manifest(args.data_path)
-    durations = torch.tensor([soundfile.info(row["_path"]).duration for row in rows])
-    table = f"order, batches of {args.batch_size} | padding\n---|---\n"
-    for name, order in (
-        ("at random", torch.randperm(len(rows)).tolist()),
-        ("by length", list(by_length(rows, args.batch_size))),
-    ):
-        batches = durations[order].split(args.batch_size)
-        filled = sum(len(batch) * batch.max() for batch in batches)
+    rows, size = read_manifest(args.data_path), args.batch_size
+    table = f"order, batches of {size} | padding\n---|---\n"
+    shuffled = random.Random(0).sample(rows, len(rows))
+    for name, order in (("at random", shuffled), ("by length", by_length(rows, size, seed=42))):
+        durations = torch.tensor([soundfile.info(row["_path"]).duration for row in order])
+        filled = sum(len(batch) * batch.max() for batch in durations.split(size))
         table += f"{name} | {100 * (1 - durations.sum() / filled):.1f} %\n"
     return table
 

@@ -57,14 +57,10 @@ import json
 for line in open("$trained/test.jsonl").readlines()[:8]:
     result = json.loads(line)
     print(f"{result['txt']:45} | {result['hyp']}")
-print("== utterances seen | loss | with another utterance's audio | listening gap, nats a token")
-steps = {}
+print("== utterances seen | loss | listening gap, nats a token")
 for log in json.load(open("$trained/trainer_state.json"))["log_history"]:
-    steps.setdefault(log["step"], {}).update(log)
-for step, log in steps.items():
     if "eval_loss" in log:
-        losses = f"{log['eval_loss']:4.2f} | {log['eval_swapped_loss']:30.2f}"
-        print(f"{8 * step:18} | {losses} | {log['eval_listening_gap']:.2f}")
+        print(f"{8 * log['step']:18} | {log['eval_loss']:4.2f} | {log['eval_listening_gap']:.2f}")
 END
 echo "== before training: $(cat $untrained/score.txt)"
 echo "== after $(cat $trained/seconds.txt 2> /dev/null || echo '?') s of training: $(cat $trained/score.txt)"

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import tiny
 import torch
 
 from model import SpeechLLM, encode
@@ -45,7 +46,9 @@ def test_repeating_is_scored_for_each_prompt(paths):
     assert all("WER" in line for line in lines)
 
 
-def test_greedy_ctc_merges_repetitions_and_drops_blanks(paths, projector, monkeypatch, capsys):
+def test_greedy_ctc_merges_repetitions_and_drops_blanks(
+    paths, projector, monkeypatch, capsys, tmp_path
+):
     monkeypatch.syspath_prepend(str(BENCH))
     import ctc
 
@@ -57,9 +60,12 @@ def test_greedy_ctc_merges_repetitions_and_drops_blanks(paths, projector, monkey
 
     monkeypatch.setattr(SpeechLLM, "project", project)
     ctc.main(projector, paths.manifest)
-    *lines, score = capsys.readouterr().out.splitlines()
+    *lines, score, skipped = capsys.readouterr().out.splitlines()
     assert len(lines) == 8 and all(line.endswith(" | up") for line in lines)
-    assert score.startswith("WER")
+    assert score.startswith("WER") and skipped.startswith("0 of 8 transcripts have more tokens")
+    texts = ["go", "up" * 9]  # 18 tokens, and a blank between none of them, in 7 positions
+    ctc.main(projector, str(tiny.make_manifest(tmp_path, texts)))
+    assert capsys.readouterr().out.splitlines()[-1].startswith("1 of 2 transcripts")
 
 
 def test_speed_compares_both_flows(paths):

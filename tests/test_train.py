@@ -4,7 +4,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -117,9 +116,9 @@ def test_eight_utterances_are_learnt_word_for_word_and_the_rest_stays_frozen(
 
     on_load(monkeypatch, keep)
     monkeypatch.setitem(DEFAULTS, "prompt", "Repeat:")  # a letter is a token here
-    steps = ["--max_steps", "400", "--per_device_train_batch_size", "8", "--save_strategy", "no"]
+    steps = ["--max_steps", "700", "--per_device_train_batch_size", "8", "--save_strategy", "no"]
     steps += ["--ctc_first", "0.25", "--lr_scheduler_type", "cosine", "--learning_rate", "2e-3"]
-    steps += ["--eval_data_path", paths.manifest, "--eval_strategy", "steps", "--eval_steps", "400"]
+    steps += ["--eval_data_path", paths.manifest, "--eval_strategy", "steps", "--eval_steps", "700"]
     run(paths, tmp_path, *steps)
     assert log(tmp_path, "eval_listening_gap")[0] > 1  # nats a token
     capsys.readouterr()
@@ -145,40 +144,23 @@ def test_the_same_command_resumes_exactly_from_the_newest_checkpoint(paths, tmp_
     assert log(tmp_path, "loss") == losses and len(losses) == 6
 
 
-def test_each_epoch_has_new_batches_of_utterances_about_as_long():
-    sizes = [int(x) for x in torch.randint(1_000, 100_000, (403,))]
-    args = SimpleNamespace(data_seed=None, seed=42)
-    trainer = SimpleNamespace(args=args, state=SimpleNamespace(epoch=0))
-    sampler = train.ByLength(8, lengths=sizes, generator=trainer)
-    first, again = list(sampler), list(sampler)
-    trainer.state.epoch = 1.25  # within the second epoch
-    second = list(sampler)
-    args.data_seed = 7
-    assert first == again and len({tuple(x) for x in (first, second, list(sampler))}) == 3
-    assert sorted(second) == list(range(403))
-    batches = [[sizes[i] for i in second[start : start + 8]] for start in range(0, 403, 8)]
-    padded = sum(len(batch) * max(batch) for batch in batches)
-    assert padded < 1.1 * sum(sizes)  # and 1.7 times as much in batches at random
-    longest = torch.tensor([max(batch) for batch in batches]).float()
+def test_batches_are_of_utterances_about_as_long_in_random_order():
+    sizes = [int(x) for x in torch.randint(1_000, 100_000, (4_003,))]
+    rows = [{"_size": size, "i": i} for i, size in enumerate(sizes)]
+    rows += rows  # a manifest that is named twice
+    ordered = train.by_length(rows, 8, seed=42)
+    assert ordered == train.by_length(rows, 8, seed=42) != train.by_length(rows, 8, seed=7)
+    assert sorted(row["i"] for row in ordered) == sorted([*range(4_003)] * 2)
+    batches = [ordered[start : start + 8] for start in range(0, 8_006, 8)]
+    assert len(batches[-1]) == 6
+    padded = sum(len(batch) * max(row["_size"] for row in batch) for batch in batches)
+    assert padded < 1.1 * 2 * sum(sizes)  # and 1.7 times as much in batches at random
+    longest = torch.tensor([max(row["_size"] for row in batch) for batch in batches]).float()
     falls = (longest[1:] < longest[:-1]).float().mean()
     assert 0.3 < falls < 0.7  # neither from long to short nor from short to long
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_resumes_exactly_within_the_second_epoch(paths, tmp_path, processes):
-    command = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node={processes}"
-    command += (
-        f" {ROOT}/train.py --llm_model_name_or_path {paths.qwen} --data_path {paths.manifest}"
-    )
-    command += f" --whisper_model_name_or_path {paths.whisper} --output_dir out --logging_steps 1"
-    command += f" --gradient_accumulation_steps {4 // processes} --dataloader_num_workers 2"
-    command += " --max_steps 4 --save_steps 3 --per_device_train_batch_size 1 --learning_rate 1e-2"
-    shell(command, tmp_path)  # two steps an epoch
-    whole, losses = load_file(tmp_path / "out" / "model.safetensors"), log(tmp_path / "out", "loss")
-    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
-    shell(command, tmp_path)
-    assert equal(load_file(tmp_path / "out" / "model.safetensors"), whole)
-    assert log(tmp_path / "out", "loss") == losses and len(losses) == 4
+    both = sum(len({row["i"] for row in batch}) < len(batch) for batch in batches)
+    assert both < len(batches) / 2  # a row and its double are seldom in one batch
+    assert train.by_length(rows[:3], 8, seed=42) != [] and len(train.by_length(rows[:8], 8, 0)) == 8
 
 
 def test_a_checkpoint_of_other_settings_is_not_resumed(paths, tmp_path):
@@ -195,30 +177,6 @@ def test_the_best_checkpoint_is_loaded_at_the_end_where_asked_for(paths, tmp_pat
     last = run(paths, tmp_path, *options, "--metric_for_best_model", "loss")
     assert equal(last, load_file(tmp_path / "checkpoint-1" / "model.safetensors"))
     assert not equal(last, load_file(tmp_path / "checkpoint-2" / "model.safetensors"))
-
-
-def test_two_processes_learn_what_one_learns_with_accumulation(paths, tmp_path):
-    # not Adam, which makes a step of the rounding where a gradient is nothing else
-    steps = "--max_steps 2 --optim sgd --learning_rate 1e-1 --per_device_train_batch_size 2"
-    steps += f" --eval_strategy epoch --eval_data_path {paths.manifest}"
-    steps += " --save_strategy no --per_device_eval_batch_size"
-    accumulation = ["--gradient_accumulation_steps", "2"]
-    one = run(paths, tmp_path / "one", *steps.split(), "2", *accumulation)
-    shell(
-        f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2 {ROOT}/train.py"
-        f" {steps} 1 --llm_model_name_or_path {paths.qwen} --data_path {paths.manifest}"
-        f" --whisper_model_name_or_path {paths.whisper} --output_dir two --logging_steps 1",
-        tmp_path,
-    )
-    two = load_file(tmp_path / "two" / "model.safetensors")
-    for key in ("loss", "grad_norm", "eval_loss", "eval_swapped_loss"):
-        single = log(tmp_path / "one", key)
-        assert log(tmp_path / "two", key) == pytest.approx(single, rel=1e-5) and single
-    for name in ("one", "two"):
-        keys = ("eval_listening_gap", "eval_swapped_loss", "eval_loss")
-        [gap], [swapped], [loss] = (log(tmp_path / name, key) for key in keys)
-        assert gap == swapped - loss and gap
-    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
 
 
 def test_the_last_weights_are_saved_between_two_save_steps(paths, tmp_path):
@@ -240,24 +198,21 @@ def test_evaluation_loss_is_that_of_the_evaluation_manifest(paths, tmp_path):
     assert len(losses) == 2 and losses[1] < losses[0]
 
 
-def test_the_listening_gap_is_the_loss_with_the_audio_of_the_next_less_the_loss(paths, tmp_path):
+def test_the_listening_gap_is_the_loss_with_audio_of_the_one_before_less_the_loss(paths, tmp_path):
     rows = [json.loads(line) for line in Path(paths.manifest).read_text().splitlines()]
     folder = str(Path(paths.manifest).parent)
     own, swapped = tmp_path / "own.jsonl", tmp_path / "swapped.jsonl"
     wavs = [f"{folder}/{row['wav']}" for row in rows]
-    for path, order in ((own, wavs), (swapped, [*wavs[1:], wavs[0]])):
+    for path, order in ((own, wavs), (swapped, [wavs[-1], *wavs[:-1]])):
         lines = [json.dumps({"wav": w, "txt": row["txt"]}) for w, row in zip(order, rows)]
         path.write_text("\n".join(lines))
     losses = {}
-    # where a worker persists, it must not go on with the other rows
     options = ["--max_steps", "1", "--eval_strategy", "steps", "--dataloader_num_workers", "1"]
-    options += ["--dataloader_persistent_workers", "True"]
     for path in (own, swapped):
         run(paths, tmp_path / path.stem, *options, "--eval_data_path", str(path))
         losses[path] = log(tmp_path / path.stem, "eval_loss")[0]
     [gap] = log(tmp_path / "own", "eval_listening_gap")
     assert gap == pytest.approx(losses[swapped] - losses[own], abs=1e-5) and abs(gap) > 1e-3
-    assert log(tmp_path / "own", "eval_swapped_loss") == pytest.approx([losses[swapped]])
 
 
 def test_the_llm_joins_after_the_first_share_of_the_steps(paths, tmp_path, monkeypatch):
@@ -275,10 +230,10 @@ def test_the_llm_joins_after_the_first_share_of_the_steps(paths, tmp_path, monke
     on_load(monkeypatch, count)
     run(paths, tmp_path / "first", *options, "--ctc_first", "0.5")
     assert len(calls) == 2
-    assert len(log(tmp_path / "first", "ctc_loss")) == 4
-    assert log(tmp_path / "first", "ctc_skipped") == [1] * 4
     run(paths, tmp_path / "off", *options, "--ctc_weight", "0")
-    assert len(calls) == 2 + 4 and not log(tmp_path / "off", "ctc_loss")
+    assert len(calls) == 2 + 4
+    for name in ("first", "off"):
+        assert all(0 < loss < 100 for loss in log(tmp_path / name, "loss"))
 
 
 def test_the_older_flags_mean_what_they_meant(paths, tmp_path):
@@ -305,14 +260,14 @@ def test_gradient_checkpointing_recomputes_and_changes_no_weight(paths, tmp_path
 
 def test_several_gpus_in_one_process_are_refused(paths, tmp_path, monkeypatch):
     monkeypatch.setattr(train.TrainingArguments, "n_gpu", 4)
-    with pytest.raises(InputError, match="torchrun --nproc_per_node=4"):
+    with pytest.raises(InputError, match="wanted torchrun --nproc_per_node=4, got 1"):
         run(paths, tmp_path)
 
 
 @pytest.mark.parametrize(
     "manifest, message",
     [
-        ("hello", "m.jsonl:1: not a JSON object in UTF-8: b'hello'"),  # before any model loads
+        ("hello", "m.jsonl:1: Expecting value: line 1 column 1"),  # before any model loads
         ('{"wav": "m.jsonl", "txt": "x"}', "m.jsonl: cannot be decoded as audio: Error opening"),
     ],
 )
