@@ -97,7 +97,9 @@ class SpeechLLM(nn.Module):
         self.before, self.after, self.end_id = build_prompt(tokenizer, settings["prompt"])
         # the blank is the token that audio without speech is to be like
         self.settings, self.tokenizer, self.blank = settings, tokenizer, encode(tokenizer, " ")[-1]
-        self.encoder, self.llm = encoder.requires_grad_(False), llm.requires_grad_(False)
+        # no submodule, as ZeRO would shard it: each process calls it as often as its audio needs
+        self.__dict__["encoder"] = encoder.requires_grad_(False)
+        self.llm = llm.requires_grad_(False)
         # 80 mel bins, or 128 from large-v3 on
         n_mels, encoder_dim = encoder.conv1.in_channels, encoder.conv1.out_channels
         stride, llm_dim = int(settings["stride"]), llm.get_input_embeddings().embedding_dim
@@ -127,13 +129,13 @@ class SpeechLLM(nn.Module):
 
     def project(self, encoder_lengths, mel, **_) -> tuple[Tensor, Tensor]:
         """Audio (B, A, D), each position as long as a typical embedding, and true lengths (B,)."""
-        encoded = [None] * len(mel)
+        encoded, encoder = [None] * len(mel), self.encoder.to(encoder_lengths.device)
         for frames in {x.shape[2] for x in mel}:  # windows of one size at once
             places = [i for i, x in enumerate(mel) if x.shape[2] == frames]
             windows = torch.cat([mel[i] for i in places]).to(self.llm.dtype)
             # Whisper's encoder is made for 30 s, but its positions are sines, and end anywhere
-            positions = {"positional_embedding": self.encoder.positional_embedding[: frames // 2]}
-            outputs = torch.func.functional_call(self.encoder, positions, windows)
+            positions = {"positional_embedding": encoder.positional_embedding[: frames // 2]}
+            outputs = torch.func.functional_call(encoder, positions, windows)
             for i, x in zip(places, outputs.split([len(mel[i]) for i in places])):
                 encoded[i] = x.flatten(0, 1)[: encoder_lengths[i]]  # (E, C)
         audio = self.rms * self.projector(pad_sequence(encoded, True).to(self.projector.conv.bias))
@@ -174,8 +176,7 @@ class SpeechLLM(nn.Module):
         mask = F.pad(mask, (start, 0), value=1)  # is of the cache as well
         inputs = {"attention_mask": mask, "position_ids": mask.cumsum(1)[:, start:] - 1}
         inputs["inputs_embeds"] = pad_sequence(rows, True, padding_side="left")
-        cache = DynamicCache(kv, config=self.llm.config) if cached else None
-        return inputs | {"cache": cache}
+        return inputs | {"cache": DynamicCache(kv, config=self.llm.config) if cached else None}
 
     def forward(self, labels, num_items_in_batch=None, ctc=0.0, ctc_alone=False, **batch):
         """The LLM's loss, of the answers alone, and `ctc` times the CTC loss, in nats a label.

@@ -362,7 +362,8 @@ def test_audio_is_as_long_as_embeddings_that_the_llm_scales_when_it_reads_them(p
 def test_only_the_projector_has_gradients(paths):
     model = load_tiny(paths)
     model(**make_batch(model, read_manifest([paths.manifest])[:2]))["loss"].backward()
-    for name, parameter in model.named_parameters():
+    encoder = model.encoder.named_parameters(prefix="encoder")
+    for name, parameter in [*model.named_parameters(), *encoder]:
         trained = name.startswith("projector.")
         assert (parameter.grad is not None) == parameter.requires_grad == trained, name
 

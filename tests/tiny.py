@@ -97,10 +97,10 @@ def make_sound(path: Path, seconds: float, pitch: float, rate: int = 16_000) -> 
     return path
 
 
-def make_manifest(folder: Path, texts: list[str] = TEXTS) -> Path:
-    """A manifest of sounds of different lengths and pitches."""
+def make_manifest(folder: Path, texts: list[str] = TEXTS, longer: float = 0.13) -> Path:
+    """A manifest of sounds of different pitches, each `longer` by so many seconds than the last."""
     with open(folder / "manifest.jsonl", "w") as manifest:
         for i, text in enumerate(texts):
-            make_sound(folder / f"{i}.wav", 0.5 + 0.13 * i, 200 * 1.5**i)
+            make_sound(folder / f"{i}.wav", 0.5 + longer * i, 200 * 1.5 ** (i % 8))
             print(json.dumps({"wav": f"{i}.wav", "txt": text}), file=manifest)
     return folder / "manifest.jsonl"
