@@ -82,13 +82,16 @@ def on_load(monkeypatch, look):
     monkeypatch.setattr(train, "load", load)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_the_published_recipe_runs_flag_for_flag(tmp_path, processes):
+@pytest.mark.parametrize(
+    "processes, deepspeed", [(1, ""), (2, ""), (2, "--deepspeed ds_config_zero3.json")]
+)
+def test_the_published_recipe_runs_flag_for_flag(tmp_path, processes, deepspeed):
+    shutil.copy(ROOT / "ds_config_zero3.json", tmp_path)
     tiny.make_llm(tmp_path / "Qwen2-1.5B-Instruct", "qwen")
     tiny.make_whisper(tmp_path / "tiny.pt")
     shutil.copy(tiny.make_manifest(tmp_path), tmp_path / "train.jsonl")
     torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nnodes=1"
-    shell(f"{torchrun} --nproc_per_node={processes} {ROOT}/train.py {RECIPE}", tmp_path)
+    shell(f"{torchrun} --nproc_per_node={processes} {ROOT}/train.py {RECIPE} {deepspeed}", tmp_path)
     output_dir = tmp_path / "Qwen-1.5B-Instruct-whisper-tiny"
     newest = output_dir / "checkpoint-5"
     assert len(list(newest.glob("rng_state*.pth"))) == processes
