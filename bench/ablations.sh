@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # One learning curve for each choice that was made, against the default (first rows):
 #
-#     bash bench/ablations.sh TRAIN.jsonl DEV.jsonl LLM WHISPER.pt OUT
+#     bash bench/ablations.sh TRAIN.jsonl DEV.jsonl LLM WHISPER.pt OUT [ARM...]
 #
 # from the repository's root. 3,200 English utterances of at most 5 s are seen, of which the CTC loss
 # has the first half to itself. Transcripts are made lower-case and lose their punctuation, in all
 # but one arm. A curve that is there already is not computed again, so that it can be stopped and go
 # on.
 set -euo pipefail
-train=$1 dev=$2 llm=$3 whisper=$4 out=$5
+train=$1 dev=$2 llm=$3 whisper=$4 out=$5 only=" ${*:6} "
 mkdir -p "$out"
 
 .venv/bin/python - "$train" "$dev" "$out" << 'END'
@@ -37,6 +37,7 @@ END
 arm() { # NAME, constants of model.py, --, flags of train.py
     local name=$1 text=.lower constants=()
     shift
+    if [ "$only" != "  " ] && [[ "$only" != *" $name "* ]]; then return; fi
     while [ $# -gt 0 ] && [ "$1" != -- ]; do
         constants+=("$1")
         shift

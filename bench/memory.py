@@ -6,8 +6,8 @@
 `table` counts parameters from the models' shapes, without weights: the LLM in bfloat16 in equal
 shares, its largest module whole, the encoder in float32 and the projector with gradients and Adam's
 states. Activations come on top. `measure` trains three steps with one process, with two, and with
-two under ZeRO-3, and prints the peak of each process's own memory: anonymous pages, and so without
-libraries and weight files that are mapped.
+two under ZeRO-3, and prints what each process holds: anonymous pages, and so without libraries and
+weight files that are mapped.
 """
 
 import os
@@ -73,22 +73,30 @@ def table() -> str:
 
 
 def watch(arguments: list[str]) -> None:
-    """Run train.py here, and print the peak of this process's anonymous memory."""
-    peak = 0
-
-    def sample() -> None:
-        nonlocal peak
-        while True:
-            status = Path("/proc/self/status").read_text()
-            peak = max(peak, int(status.split("RssAnon:")[1].split()[0]) * 1024)
-            time.sleep(0.02)
-
-    threading.Thread(target=sample, daemon=True).start()
+    """Run train.py here, and print the peaks of this process's anonymous memory, by phase."""
     import model
     import train
 
+    peaks, phase, load = {"loading": 0, "loaded": 0, "training": 0}, "loading", train.load
+
+    def own() -> int:
+        return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+
+    def sample() -> None:
+        while True:
+            peaks[phase] = max(peaks[phase], own())
+            time.sleep(0.02)
+
+    def watched(**options):
+        nonlocal phase
+        speech_llm = load(**options)
+        phase, peaks["loaded"] = "training", own()
+        return speech_llm
+
+    train.load = watched
+    threading.Thread(target=sample, daemon=True).start()
     model.run(lambda: train.main(arguments))
-    print(f"\nPEAK {os.environ.get('RANK', '0')} {peak}", flush=True)
+    print("\nPEAK", *peaks.values(), flush=True)
 
 
 def measure(manifest: str, whisper: str, llm: str, *more: str) -> str:
@@ -96,7 +104,8 @@ def measure(manifest: str, whisper: str, llm: str, *more: str) -> str:
     arguments += ["--llm_model_name_or_path", llm, "--max_steps", "3", "--save_steps", "3"]
     arguments += ["--per_device_train_batch_size", "1", "--bf16", "True", "--report_to", "none"]
     zero = ["--deepspeed", str(ROOT / "ds_config_zero3.json")]
-    out = "processes | peak memory of each, GiB\n---|---\n"
+    out = "processes | peak while loading | loaded | peak in training and saving (GiB of each)\n"
+    out += "---|---|---|---\n"
     for name, processes, flags in tqdm(
         [("1", 1, []), ("2, DDP", 2, []), ("2, ZeRO-3", 2, zero)], "measuring"
     ):
@@ -104,11 +113,14 @@ def measure(manifest: str, whisper: str, llm: str, *more: str) -> str:
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
             command += [f"--nproc_per_node={processes}", __file__, "watch", *arguments, *flags]
             command += ["--output_dir", folder, *more]
-            done = subprocess.run(command, capture_output=True, text=True)
+            # what is freed goes back to the system at once
+            environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stderr)
-        peaks = [x.split()[1:] for x in done.stdout.splitlines() if x.startswith("PEAK")]
-        out += f"{name} | " + ", ".join(f"{int(x) / GIB:.2f}" for _, x in sorted(peaks)) + "\n"
+        ranks = [x.split()[1:] for x in done.stdout.splitlines() if x.startswith("PEAK")]
+        cells = [", ".join(f"{int(x) / GIB:.2f}" for x in values) for values in zip(*ranks)]
+        out += " | ".join([name, *cells]) + "\n"
     return out
 
 

@@ -8,7 +8,8 @@ import transformers
 
 from model import load
 
-sys.path.append(str(Path(__file__).parents[1] / "demo"))
+for folder in ("demo", "bench"):
+    sys.path.append(str(Path(__file__).parents[1] / folder))
 transformers.logging.disable_progress_bar()
 
 

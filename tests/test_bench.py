@@ -78,3 +78,15 @@ def test_speed_compares_both_flows(paths):
     assert float(rows["ours, CTC and LLM"][1]) > 1  # times the reference
     assert int(rows["ours, CTC alone"][2]) == 0  # positions that the LLM reads
     assert rows["reference, no more tokens than ours"][2] == rows["ours"][2]
+
+
+def test_memory_is_computed_for_known_models_and_measured_for_each_process(paths):
+    rows = [line.split(" | ") for line in bench("memory.py", "table").splitlines()]
+    [row] = [row for row in rows if row[:2] == ["Qwen2-7B", "large-v3"]]
+    assert row[2] == "17.32 M"
+    sizes = [float(cell) for cell in row[3:]]
+    # 7.62e9 parameters of the LLM in bfloat16, 6.4e8 of the encoder in float32
+    assert 15 < sizes[0] < 18 and sorted(sizes, reverse=True) == sizes
+    lines = bench("memory.py", "measure", paths.manifest, paths.whisper, paths.qwen).splitlines()
+    peaks = {line.split(" | ")[0]: line.split(" | ")[3].split(", ") for line in lines[2:5]}
+    assert [len(ranks) for ranks in peaks.values()] == [1, 2, 2] and "2, ZeRO-3" in peaks
