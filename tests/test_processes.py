@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from test_train import equal, log
 
 import train
-from model import InputError
+from model import InputError, run
 
 ROOT = Path(__file__).parents[1]
 ZERO = f"--deepspeed {ROOT}/ds_config_zero3.json"
@@ -254,3 +255,10 @@ def test_two_nodes_train_together(paths, tmp_path):
         assert node.returncode == 0, out[-4000:]
     assert len(list((tmp_path / "out" / "checkpoint-1").glob("rng_state_*.pth"))) == 2
     assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["global_step"] == 1
+
+
+def test_processes_that_do_not_find_one_another_are_one_line():
+    # as torch has it when its store times out; half an hour is too long for a test
+    store = torch.distributed.TCPStore
+    with pytest.raises(SystemExit, match="^error: Timed out after . seconds waiting for cl"):
+        run(lambda: store("localhost", 0, 2, True, timeout=timedelta(seconds=1)))
