@@ -145,7 +145,7 @@ class SpeechLLM(nn.Module):
         """CTC losses (B,) of audio against transcripts, with the LLM's embeddings as classifier.
 
         So audio moves to the embedding of the word piece spoken in it. The loss is zero where a
-        transcript has more tokens than its audio has positions.
+        transcript has more tokens than its audio has positions (or as many, with one doubled).
         """
         targets = [ids[ids != self.blank] for ids in transcripts]
         sizes = lengths.new_tensor([len(ids) for ids in targets])
@@ -228,7 +228,7 @@ class SpeechLLM(nn.Module):
 
 
 def load(projector_model_path=None, bf16=False, **given):
-    """A SpeechLLM, on the CPU.
+    """A SpeechLLM, on the CPU, or under ZeRO-3 with its LLM sharded.
 
     Of a command's arguments, `given`, these count: llm_model_name_or_path (for transformers' Auto
     classes), whisper_model_name_or_path (a name of openai-whisper's or a .pt file), stride and

@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     part.parent.mkdir(parents=True, exist_ok=True)
     # if it cannot be written, then before models load
     with part.open("w", encoding="utf-8", errors="replace") as file:
-        model = load(**vars(args)).to(state.device).eval()
+        model = load(**vars(args)).to(state.device).eval().requires_grad_(False)
         for row in recognize(model, rows, args.batch_size, args.num_beams):
             print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
     with part.open("w", encoding="utf-8", errors="replace") as file:

@@ -1,16 +1,15 @@
 """Train with constants changed, and draw up the learning curve: what is each choice worth?
 
-    python bench/ablate.py ENCODED.pt BLANK_COSINE=2 ... -- --output_dir exp/kept \
+    python bench/ablate.py CACHE BLANK_COSINE=2 ... -- --output_dir exp/kept \
         --eval_data_path dev.jsonl --eval_strategy steps --eval_steps 100 --save_steps 100 ...
 
-ENCODED.pt keeps the encoder's outputs, which runs on the same audio share: no utterance is encoded
-twice. Then come constants of model.py and data.py with new values, `prompt=...` for the default
-prompt (its lines apart by \\n), `blank=...` for the text whose token is the blank, or
-`rms_norm=off` for audio of any length; behind `--` the arguments of train.py. In the end each
-checkpoint decodes the evaluation's manifests greedily, and OUTPUT_DIR/curve.md has a row for each.
+CACHE is a folder for the encoder's outputs, which runs share (bench/cached.py). Then come constants
+of model.py and data.py with new values, `prompt=...` for the default prompt (its lines apart by
+\\n), `blank=...` for the text whose token is the blank, or `rms_norm=off` for audio of any length;
+behind `--` the arguments of train.py. In the end each checkpoint decodes the evaluation's manifests
+greedily, and OUTPUT_DIR/curve.md has a row for each.
 """
 
-import hashlib
 import json
 import sys
 from functools import partial
@@ -20,6 +19,8 @@ import torch
 from transformers.hf_argparser import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from cached import Cache
 
 import data
 import model
@@ -42,22 +43,12 @@ def change(name: str, value: str) -> None:
         setattr(modules[0], name, type(getattr(modules[0], name))(value))
 
 
-def load(known: dict[str, torch.Tensor], blank: str | None, **options):
-    """model.load, with `blank` if given, and an encoder that adds to `known` what it computes."""
-    speech_llm = model.load(**options)
+def load(cache: str, blank: str | None, original=model.load, **options):
+    """model.load, with a cache of the encoder's outputs, and `blank` if given."""
+    speech_llm = original(**options)
+    speech_llm.encoder.forward = Cache(speech_llm.encoder, cache)
     if blank is not None:
         speech_llm.blank = model.encode(speech_llm.tokenizer, blank)[-1]
-    compute, name = speech_llm.encoder.forward, speech_llm.settings["whisper_model_name_or_path"]
-
-    def forward(mel: torch.Tensor) -> torch.Tensor:
-        windows = [x.float().cpu().numpy().tobytes() for x in mel]
-        keys = [f"{name} {hashlib.sha256(x).hexdigest()}" for x in windows]
-        for key, window in zip(keys, mel):
-            if key not in known:
-                known[key] = compute(window[None])[0].detach().clone()
-        return torch.stack([known[key] for key in keys])
-
-    speech_llm.encoder.forward = forward
     return speech_llm
 
 
@@ -83,25 +74,20 @@ def curve(args: train.TrainingArguments) -> str:
 
 def main() -> None:
     split = sys.argv.index("--")
-    encoded, settings, arguments = Path(sys.argv[1]), sys.argv[2:split], sys.argv[split + 1 :]
+    cache, settings, arguments = sys.argv[1], sys.argv[2:split], sys.argv[split + 1 :]
     given = dict(setting.split("=", 1) for setting in settings)
-    known = torch.load(encoded) if encoded.exists() else {}
-    size, blank = len(known), given.pop("blank", None)
+    blank = given.pop("blank", None)
     for name, value in given.items():
         change(name, value)
-    train.load = partial(load, known, blank)
+    train.load = partial(load, cache, blank)
     train.main(arguments)
     [args] = HfArgumentParser(train.TrainingArguments).parse_args_into_dataclasses(arguments)
     table = curve(args)
-    if len(known) > size:
-        torch.save(known, encoded)
     Path(args.output_dir, "curve.md").write_text(table)
     print(table)
 
 
 if __name__ == "__main__":
     if "--" not in sys.argv[2:]:
-        sys.exit(
-            "usage: python bench/ablate.py ENCODED.pt [NAME=VALUE ...] -- ARGUMENTS OF train.py"
-        )
+        sys.exit("usage: python bench/ablate.py CACHE [NAME=VALUE ...] -- ARGUMENTS OF train.py")
     model.run(main)

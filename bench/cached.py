@@ -1,4 +1,4 @@
-"""Run train.py or recognize.py with a cache on disk: no audio is encoded twice, in no epoch or run.
+"""Run train.py or recognize.py with a cache on disk, so that all audio is encoded only once.
 
     python bench/cached.py CACHE train.py --llm_model_name_or_path ...
     torchrun --nproc_per_node=2 bench/cached.py CACHE train.py ...
@@ -39,7 +39,8 @@ class Cache:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, window: torch.Tensor) -> Path:
-        key = sha256(f"{window.dtype} {tuple(window.shape)}".encode())
+        autocast = torch.is_autocast_enabled(window.device.type)
+        key = sha256(f"{window.dtype} {autocast} {tuple(window.shape)}".encode())
         key.update(window.detach().cpu().contiguous().view(torch.uint8).numpy())
         return self.folder / f"{key.hexdigest()}.safetensors"
 

@@ -64,7 +64,8 @@ class Reference(nn.Module):
 
     def __init__(self, speech_llm):
         super().__init__()
-        self.encoder, self.projector = speech_llm.encoder, speech_llm.projector
+        self.encoder = speech_llm.encoder.to(speech_llm.llm.device)
+        self.projector = speech_llm.projector
         self.llm, self.tokenizer = speech_llm.llm, speech_llm.tokenizer
         self.llm.set_attn_implementation("sdpa")  # the default of transformers
 
@@ -125,14 +126,19 @@ class Flow:
         return DataLoader(rows, size, collate_fn=function)
 
     def attend(self, implementation: str) -> None:
-        """As train.py and recognize.py have it on a CPU; the reference always has the default."""
+        """As train.py and recognize.py have it on a CPU; the reference always has the default.
+
+        And nothing comes from the cache, unless `train` says so.
+        """
+        self.ours.encoder.forward = self.encode
         if self.model is self.ours and self.device == "cpu":
             self.ours.llm.set_attn_implementation(implementation)
 
     def train(self, cached: bool = False, **options) -> dict:
         """Some batches of an epoch in its order, from the files to the optimizer's step."""
         self.attend("eager")
-        self.ours.encoder.forward = self.cache if cached else self.encode
+        if cached:
+            self.ours.encoder.forward = self.cache
         size = self.args.batch_size
         if self.model is self.ours:
             rows, count = by_length(self.rows, size, seed=42), self.args.batches
