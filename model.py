@@ -5,6 +5,7 @@ second), E encoder positions (50 a second), C encoder width, A audio positions (
 width, T tokens.
 """
 
+import time
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -38,6 +39,8 @@ def run(main) -> None:
     """Call a command's main; InputError, also a data worker's, and the system's become one line."""
     try:
         main()
+        # gloo's threads need the interpreter to let their last tensor go, or abort the exit
+        time.sleep(PartialState().num_processes > 1)
     except (InputError, OSError, torch.distributed.DistError) as error:
         raise SystemExit(f"error: {str(error).rsplit('InputError: ', 1)[-1].strip()}") from None
 
@@ -78,9 +81,9 @@ class Projector(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(x, (0, 0, 0, -x.shape[1] % self.conv.stride[0]))  # (B, A * stride, C)
-        x = F.relu(self.conv(x.transpose(1, 2))).transpose(1, 2)  # (B, A, C)
-        # the width from the layer, as under ZeRO-3 its weights have no shape  # (B, A, D)
-        return F.rms_norm(self.output(F.relu(self.hidden(x))), [self.output.out_features])
+        x = self.conv(x.transpose(1, 2)).relu().transpose(1, 2)  # (B, A, C)
+        # (B, A, D); the width comes from the layer, as under ZeRO-3 its weights have no shape
+        return F.rms_norm(self.output(self.hidden(x).relu()), [self.output.out_features])
 
 
 class SpeechLLM(nn.Module):
@@ -186,8 +189,7 @@ class SpeechLLM(nn.Module):
         with each utterance's audio taken from the one before it in the batch, less the loss.
         """
         audio, lengths = self.project(**batch)
-        count, loss = (labels != IGNORE).sum(), 0.0
-        items = num_items_in_batch or count
+        items, loss = num_items_in_batch or (labels != IGNORE).sum(), 0.0
         if ctc:
             loss = ctc * self.ctc_loss(audio, lengths, batch["transcripts"]).sum() / items
         if not ctc_alone:
@@ -198,7 +200,7 @@ class SpeechLLM(nn.Module):
         if self.training:
             return {"loss": loss}
         swapped = self.splice(audio.roll(1, 0), lengths.roll(1, 0), labels)
-        gap = (self.llm(**swapped, **options).loss - loss) * items / count
+        gap = (self.llm(**swapped, **options).loss - loss) * items / (labels != IGNORE).sum()
         return {"loss": loss, "listening_gap": gap.expand(len(labels))}
 
     def generate(self, num_beams: int, **batch) -> Tensor:

@@ -96,10 +96,10 @@ def main(argv: list[str] | None = None) -> None:
     if resume := args.resume_from_checkpoint or whole.get(max(whole, default=0)):
         args.projector_model_path = f"{resume}/model.safetensors"
         files = " ".join(os.listdir(resume))
-        wanted = f"{args.world_size} processes, ZeRO-3 {bool(args.deepspeed)}"
-        found = f"{files.count('rng_state')} processes, ZeRO-3 {'global_step' in files}"
-        if found != wanted:
-            raise InputError(f"{resume}: {found}, not {wanted}; start anew: --projector_model_path")
+        found = files.count("rng_state"), "global_step" in files
+        # with another set-up its optimizer's states would be lost
+        if found != (args.world_size, bool(args.deepspeed)):
+            raise InputError(f"{resume}: (processes, ZeRO) {found}; anew: --projector_model_path")
 
     transformers.set_seed(args.seed)  # for the projector's first weights
     model = load(**vars(args))
