@@ -45,7 +45,7 @@ arm() { # NAME, constants of model.py, --, flags of train.py
     if [ "$name" = as-published ]; then text=; fi
     if [ ! -e "$out/$name/curve.md" ]; then
         rm -rf "${out:?}/$name"
-        .venv/bin/python bench/ablate.py "$out/encoded.pt" "${constants[@]}" -- \
+        .venv/bin/python bench/ablate.py "$out/encoded" "${constants[@]}" -- \
             --llm_model_name_or_path "$llm" --whisper_model_name_or_path "$whisper" \
             --data_path "$out/train$text.jsonl" --eval_data_path "$out/dev$text.jsonl" \
             --eval_strategy steps --eval_steps 50 --save_steps 50 --max_steps 200 \
