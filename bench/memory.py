@@ -5,7 +5,7 @@
 
 `table` counts parameters from the models' shapes, without weights: the LLM in bfloat16 in equal
 shares, its largest module whole, the encoder in float32 and the projector with gradients and Adam's
-states. Activations come on top. `measure` trains three steps with one process, with two, and with
+states. Activations come on top. `measure` trains eight steps with one process, with two, and with
 two under ZeRO-3, and prints what each process holds: anonymous pages, and so without libraries and
 weight files that are mapped.
 """
@@ -101,7 +101,7 @@ def watch(arguments: list[str]) -> None:
 
 def measure(manifest: str, whisper: str, llm: str, *more: str) -> str:
     arguments = ["--data_path", manifest, "--whisper_model_name_or_path", whisper]
-    arguments += ["--llm_model_name_or_path", llm, "--max_steps", "3", "--save_steps", "3"]
+    arguments += ["--llm_model_name_or_path", llm, "--max_steps", "8", "--save_steps", "8"]
     arguments += ["--per_device_train_batch_size", "1", "--bf16", "True", "--report_to", "none"]
     zero = ["--deepspeed", str(ROOT / "ds_config_zero3.json")]
     out = "processes | peak while loading | loaded | peak in training and saving (GiB of each)\n"
