@@ -78,10 +78,10 @@ def main(argv: list[str] | None = None) -> None:
         model = load(**vars(args)).to(state.device).eval().requires_grad_(False)
         for row in recognize(model, rows, args.batch_size, args.num_beams):
             print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
+    plain = args.result_path.endswith(".txt")
     with part.open("w", encoding="utf-8", errors="replace") as file:
         for row in rows:
             del row["_path"], row["_size"]
-            plain = args.result_path.endswith(".txt")
             print(row["hyp"] if plain else json.dumps(row, ensure_ascii=False), file=file)
     if state.is_main_process:
         part.replace(args.result_path)

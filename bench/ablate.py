@@ -20,7 +20,7 @@ from transformers.hf_argparser import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from cached import Cache
+from cached import use
 
 import data
 import model
@@ -43,10 +43,9 @@ def change(name: str, value: str) -> None:
         setattr(modules[0], name, type(getattr(modules[0], name))(value))
 
 
-def load(cache: str, blank: str | None, original=model.load, **options):
-    """model.load, with a cache of the encoder's outputs, and `blank` if given."""
+def load(original, blank: str | None, **options):
+    """What `original` loads, with `blank` if given."""
     speech_llm = original(**options)
-    speech_llm.encoder.forward = Cache(speech_llm.encoder, cache)
     if blank is not None:
         speech_llm.blank = model.encode(speech_llm.tokenizer, blank)[-1]
     return speech_llm
@@ -79,7 +78,8 @@ def main() -> None:
     blank = given.pop("blank", None)
     for name, value in given.items():
         change(name, value)
-    train.load = partial(load, cache, blank)
+    use(train, cache)
+    train.load = partial(load, train.load, blank)
     train.main(arguments)
     [args] = HfArgumentParser(train.TrainingArguments).parse_args_into_dataclasses(arguments)
     table = curve(args)
