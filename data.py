@@ -25,10 +25,8 @@ def read_manifest(paths: list[str], default: str | None = None) -> list[dict]:
     A relative `wav` is relative to its manifest. InputError with file:line for a bad line, and for
     one without `txt` where `default`, what to check in its place, is None.
     """
-    rows = []
-    for path in map(Path, paths):
-        lines = enumerate(path.read_bytes().split(b"\n"), start=1)
-        rows += [parse_line(x, path, i, default) for i, x in lines if x.strip()]
+    lines = ((p, i, x) for p in paths for i, x in enumerate(Path(p).read_bytes().split(b"\n"), 1))
+    rows = [parse_line(x, Path(p), i, default) for p, i, x in lines if x.strip()]
     if not rows:
         raise InputError(f"{', '.join(paths)}: no utterance in it; wanted JSONL lines")
     return rows
@@ -43,7 +41,7 @@ def parse_line(line: bytes, manifest: Path, number: int, default: str | None) ->
             raise ValueError(f'"wav" must be a file, got {path}, and "txt" a string, got {text!r}')
     except (TypeError, ValueError) as error:  # the first from an array, ValueError from all else
         raise InputError(f"{manifest}:{number}: {error}, in {line[:80]!r}") from error
-    return {**row, "_path": str(path), "_size": path.stat().st_size}
+    return {**row, "_path": str(path), "_size": path.stat().st_size, "_txt": text}
 
 
 def load_audio(path: str):
@@ -76,9 +74,8 @@ def collate(rows, tokenizer, end_id, n_mels, stride, max_length=float("inf")) ->
     """
     audios = [load_audio(row["_path"]) for row in rows]
     lengths = torch.tensor([-(-len(audio) // SAMPLES_PER_POSITION) for audio in audios])
-    texts = [row.get("txt", "") for row in rows]
     # the first label is predicted from a position without one
-    answers = [torch.tensor([IGNORE, *encode(tokenizer, text), end_id]) for text in texts]
+    answers = [torch.tensor([IGNORE, *encode(tokenizer, x["_txt"]), end_id]) for x in rows]
     for row, length, answer in zip(rows, lengths, answers):
         if (size := -(-length // stride) + len(answer) - 1) > max_length:
             raise InputError(f"{row['_path']}: --model_max_length {max_length} is less than {size}")
@@ -86,4 +83,4 @@ def collate(rows, tokenizer, end_id, n_mels, stride, max_length=float("inf")) ->
     batch = {"encoder_lengths": lengths, "mel": [log_mel(audio, n_mels) for audio in audios]}
     batch["labels"] = torch.nn.utils.rnn.pad_sequence(answers, True, IGNORE, "left")
     # a space in front, so that a word has the same pieces wherever it stands
-    return batch | {"transcripts": [torch.tensor(encode(tokenizer, f" {x}")) for x in texts]}
+    return batch | {"transcripts": [torch.tensor(encode(tokenizer, f" {x['_txt']}")) for x in rows]}

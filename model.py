@@ -5,7 +5,6 @@ second), E encoder positions (50 a second), C encoder width, A audio positions (
 width, T tokens.
 """
 
-import time
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -26,7 +25,6 @@ DEFAULTS = {"format": "3", "stride": "5", "hidden_dim": "2048", "prompt": PROMPT
 CTC_PIECES = 8192  # word pieces that the CTC loss always tells apart: the first are the most common
 CTC_SHARPNESS = 14.0  # logit of a position that equals a typical embedding; no certainty far off it
 BLANK_COSINE = 0.7  # audio nearer than this to the blank's embedding is not shown to the LLM
-NO_TEMPLATE = "{{ bos_token }}{% for turn in messages %}{{ turn.content }}\n{% endfor %}"
 PLACEHOLDER = "<|speech-goes-here|>"  # is rendered by the chat template, never tokenised
 IGNORE = -100  # the label of a position without loss, as in transformers and torch
 
@@ -39,8 +37,7 @@ def run(main) -> None:
     """Call a command's main; InputError, also a data worker's, and the system's become one line."""
     try:
         main()
-        # gloo's threads need the interpreter to let their last tensor go, or abort the exit
-        time.sleep(PartialState().num_processes > 1)
+        PartialState().destroy_process_group()  # or gloo's threads abort the exit
     except (InputError, OSError, torch.distributed.DistError) as error:
         raise SystemExit(f"error: {str(error).rsplit('InputError: ', 1)[-1].strip()}") from None
 
@@ -55,11 +52,10 @@ def build_prompt(tokenizer, prompt: str) -> tuple[list[int], list[int], int]:
 
     The first line of `prompt`, then the audio, are the user's turn in the tokenizer's chat
     template. Each further line was given in the audio's place, and repeated, in the turns before.
-    A tokenizer without a template gets its start of text, all this a line each, and EOS behind.
+    ValueError from transformers where there is no template.
     """
     # Qwen3 must not think aloud, and Llama 3's system turn must not change from day to day
     fixed = {"tokenize": False, "enable_thinking": False, "date_string": "26 Jul 2024"}
-    fixed["chat_template"] = None if tokenizer.chat_template else NO_TEMPLATE
     render = partial(tokenizer.apply_chat_template, **fixed)
     task, *examples = [*prompt.split("\n"), PLACEHOLDER]
     # the user's and the assistant's in turn; the user's have a space in front, as CTC's targets

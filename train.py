@@ -47,9 +47,9 @@ def by_length(rows: list[dict], size: int, seed: int) -> list[dict]:
     """
     draw = random.Random(seed)
     rows = sorted(rows, key=lambda row: row["_size"] * draw.uniform(0.95, 1.05))
-    *batches, last = [rows[i : i + size] for i in range(0, len(rows), size)]
-    draw.shuffle(batches)
-    return [row for batch in [*batches, last] for row in batch]  # the last may be short
+    batches = [rows[i : i + size] for i in range(0, len(rows), size)]
+    batches.sort(key=lambda batch: (len(batch) < size, draw.random()))  # the last may be short
+    return [row for batch in batches for row in batch]
 
 
 class ProjectorTrainer(transformers.Trainer):
@@ -95,11 +95,10 @@ def main(argv: list[str] | None = None) -> None:
     whole = {int(x.parent.name[11:]): x.parent for x in states if x.read_text().endswith("\n}\n")}
     if resume := args.resume_from_checkpoint or whole.get(max(whole, default=0)):
         args.projector_model_path = f"{resume}/model.safetensors"
-        files = " ".join(os.listdir(resume))
-        found = files.count("rng_state"), "global_step" in files
+        found = [len([*Path(resume).glob(x)]) for x in ("rng_state*", "global_step*")]
         # with another set-up its optimizer's states would be lost
-        if found != (args.world_size, bool(args.deepspeed)):
-            raise InputError(f"{resume}: (processes, ZeRO) {found}; anew: --projector_model_path")
+        if found != [args.world_size, bool(args.deepspeed)]:
+            raise InputError(f"{resume}: [processes, ZeRO] {found}; anew: --projector_model_path")
 
     transformers.set_seed(args.seed)  # for the projector's first weights
     model = load(**vars(args))

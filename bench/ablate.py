@@ -64,9 +64,8 @@ def curve(args: train.TrainingArguments) -> str:
         cells += [f"{log['eval_loss']:.2f}", f"{log['eval_listening_gap']:.2f}"]
         path = Path(args.output_dir, f"checkpoint-{step}", "model.safetensors")
         speech_llm = train.load(projector_model_path=path, bf16=args.bf16).eval()
-        done = [(x["txt"], x["hyp"]) for x in recognize.recognize(speech_llm, rows, 10, 1)]
-        score = recognize.score(*zip(*done))
-        cells.append(score.removeprefix("WER ").split(" in ")[0])
+        done = [*recognize.recognize(speech_llm, rows, 10, 1)]
+        cells.append(f"{recognize.score(done)['WER %']} %")
         table += " | ".join(map(str, cells)) + "\n"
     return table
 

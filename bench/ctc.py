@@ -40,9 +40,11 @@ def main(projector: str, manifest: str) -> None:
             hypotheses.append(
                 speech_llm.tokenizer.decode(tokens[tokens != speech_llm.blank]).strip()
             )
-    for row, hypothesis in list(zip(rows, hypotheses))[:8]:
-        print(f"{row['txt']} | {hypothesis}")
-    print(score([row["txt"] for row in rows], hypotheses))
+    for row, hypothesis in zip(rows, hypotheses):
+        row["hyp"] = hypothesis
+    for row in rows[:8]:
+        print(f"{row['txt']} | {row['hyp']}")
+    print(", ".join(f"{head}: {cell}" for head, cell in score(rows).items()))
     print(f"{skipped} of {len(rows)} transcripts have more tokens than their audio has positions")
 
 

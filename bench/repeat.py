@@ -24,12 +24,13 @@ from recognize import score
 
 @torch.inference_mode()
 def main(name: str, manifest: str, prompts: list[str]) -> None:
-    texts = [row["txt"] for row in read_manifest([manifest])]
+    results = read_manifest([manifest])
     tokenizer = AutoTokenizer.from_pretrained(name)
     llm = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)
     for prompt in prompts:
         before, after, end_id = build_prompt(tokenizer, prompt.replace("\\n", "\n"))
-        rows = [torch.tensor([*before, *encode(tokenizer, f" {x}"), *after]) for x in texts]
+        texts = [encode(tokenizer, f" {row['txt']}") for row in results]
+        rows = [torch.tensor([*before, *text, *after]) for text in texts]
         # greedy, without the penalties of a chat model
         llm.generation_config = GenerationConfig(eos_token_id=end_id, pad_token_id=end_id)
         hypotheses = []
@@ -41,7 +42,10 @@ def main(name: str, manifest: str, prompts: list[str]) -> None:
             ids = llm.generate(**inputs, max_new_tokens=40)
             new = ids[:, inputs["input_ids"].shape[1] :]
             hypotheses += tokenizer.batch_decode(new, skip_special_tokens=True)
-        print(f"{len(before)} + {len(after)} tokens | {prompt} | {score(texts, hypotheses)}")
+        for row, hypothesis in zip(results, hypotheses):
+            row["hyp"] = hypothesis
+        rate, *_ = score(results).values()
+        print(f"{len(before)} + {len(after)} tokens | {prompt} | {rate} %")
 
 
 if __name__ == "__main__":

@@ -167,7 +167,8 @@ class Flow:
         path = Path(folder, f"{seconds}.wav")
         if not path.exists():
             soundfile.write(path, torch.randn(seconds * 16_000).numpy() / 10, 16_000)
-        row = {"_path": str(path), "txt": "and then some " * seconds}
+        text = "and then some " * seconds
+        row = {"_path": str(path), "txt": text, "_txt": text}
         self.steps([row] * size, size, ctc=0.3)
         return self.steps([row] * 3 * size, size, ctc=0.3)
 

@@ -62,5 +62,7 @@ for log in json.load(open("$trained/trainer_state.json"))["log_history"]:
     if "eval_loss" in log:
         print(f"{8 * log['step']:18} | {log['eval_loss']:4.2f} | {log['eval_listening_gap']:.2f}")
 END
-echo "== before training: $(cat $untrained/score.txt)"
-echo "== after $(cat $trained/seconds.txt 2> /dev/null || echo '?') s of training: $(cat $trained/score.txt)"
+echo "== before training"
+cat $untrained/score.txt
+echo "== after $(cat $trained/seconds.txt 2> /dev/null || echo '?') s of training"
+cat $trained/score.txt

@@ -24,7 +24,7 @@ def test_manifests_are_read_in_order_and_one_named_twice_counts_twice(paths, tmp
     assert len(rows) == 1 + len(tiny.TEXTS) + 1
     assert rows[0] == rows[-1]
     audio = tmp_path / "a.wav"
-    private = {"_path": str(audio), "_size": audio.stat().st_size}
+    private = {"_path": str(audio), "_size": audio.stat().st_size, "_txt": "one"}
     assert rows[0] == {"wav": "a.wav", "txt": "one", "spk": 7} | private
 
 
@@ -139,8 +139,8 @@ def test_ids_masks_and_labels_of_two_examples_written_by_hand(template, tmp_path
 
     end_id = ids(end)[0]
     rows = [
-        {"_path": tiny.make_sound(tmp_path / "a.wav", 0.3, 300), "txt": "hi"},  # 15 positions
-        {"_path": tiny.make_sound(tmp_path / "b.wav", 0.22, 300), "txt": "a"},  # 11 positions
+        {"_path": tiny.make_sound(tmp_path / "a.wav", 0.3, 300), "_txt": "hi"},  # 15 positions
+        {"_path": tiny.make_sound(tmp_path / "b.wav", 0.22, 300), "_txt": "a"},  # 11 positions
     ]
     prompt = build_prompt(tokenizer, DEFAULTS["prompt"].splitlines()[0])
     assert prompt == (ids(before), ids(after), end_id)
@@ -153,11 +153,12 @@ def test_ids_masks_and_labels_of_two_examples_written_by_hand(template, tmp_path
     assert [mel.shape for mel in batch["mel"]] == [(1, 80, 100), (1, 80, 100)]
 
 
-def test_what_has_no_transcript_can_be_collated_for_decoding(paths):
+def test_what_has_no_transcript_can_be_collated_for_decoding(paths, tmp_path):
     [row] = read_manifest([paths.manifest])[:1]
+    [bare] = read_manifest([write_manifest(tmp_path, f'{{"wav": "{row["_path"]}"}}')], default="")
     options = {"tokenizer": tiny.make_tokenizer(tiny.CHATML, "<|im_end|>"), "end_id": 7}
     options |= {"n_mels": 80, "stride": 5}
-    batch, silent = collate([row], **options), collate([{"_path": row["_path"]}], **options)
+    batch, silent = collate([row], **options), collate([bare], **options)
     assert torch.equal(batch["mel"][0], silent["mel"][0])
     assert silent["labels"].tolist() == [[IGNORE, 7]]
 

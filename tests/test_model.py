@@ -117,17 +117,6 @@ def test_prompt_of_a_thinking_model_does_not_think():
     assert end == "<|im_end|>"
 
 
-def test_prompt_without_a_chat_template_is_plain():
-    tokenizer = tiny.make_tokenizer(None, "<|endoftext|>")
-    assert decode_prompt(tokenizer) == ("Say it.\n", "\n", "<|endoftext|>")
-    tokenizer.bos_token = "<|begin_of_text|>"
-    assert decode_prompt(tokenizer, "Say it.\nyes") == (
-        "<|begin_of_text|>Say it.\n yes\nyes\nSay it.\n",
-        "\n",
-        "<|endoftext|>",
-    )
-
-
 def test_examples_are_turns_of_their_own_before_the_audio():
     tokenizer = tiny.make_tokenizer(tiny.CHATML, "<|endoftext|>")
     assert decode_prompt(tokenizer, "Say it.\nyes\noh no") == (
@@ -174,7 +163,7 @@ def test_audio_of_any_length_takes_its_true_number_of_positions(
 ):
     model = load_tiny(paths)
     path = tiny.make_sound(tmp_path / "a.wav", samples / 16_000, 300)
-    batch = make_batch(model, [{"_path": path, "txt": "go"}])
+    batch = make_batch(model, [{"_path": path, "_txt": "go"}])
     assert batch["encoder_lengths"].tolist() == [positions]
     assert model.project(**speech_of(batch))[1].tolist() == [audio]
     assert model(**batch)["loss"].isfinite()
@@ -385,7 +374,7 @@ def test_windows_of_one_size_go_through_the_encoder_together(paths, tmp_path):
     model = load_tiny(paths)
     seconds = [0.3, 1.2, 0.4, 31, 0.2, 29.9]  # windows of 1; 2; 1; twice 30; 1; 30 s
     rows = [
-        {"_path": tiny.make_sound(tmp_path / f"{i}.wav", x, 200 + 50 * i)}
+        {"_path": tiny.make_sound(tmp_path / f"{i}.wav", x, 200 + 50 * i), "_txt": ""}
         for i, x in enumerate(seconds)
     ]
     calls = []

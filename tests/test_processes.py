@@ -198,8 +198,8 @@ def train_here(paths, folder, *options):
 @pytest.mark.parametrize(
     "files, found",
     [
-        (["rng_state.pth", "global_step1"], "1, True"),
-        (["rng_state_0.pth", "rng_state_1.pth"], "2, False"),
+        (["rng_state.pth", "global_step1"], "1, 1"),
+        (["rng_state_0.pth", "rng_state_1.pth"], "2, 0"),
     ],
 )
 def test_a_checkpoint_of_another_setup_is_refused(paths, tmp_path, files, found):
@@ -208,7 +208,7 @@ def test_a_checkpoint_of_another_setup_is_refused(paths, tmp_path, files, found)
     for name in files:
         (checkpoint / name).touch()
     (checkpoint / "trainer_state.json").write_text("{\n}\n")
-    message = rf"checkpoint-1: \(processes, ZeRO\) \({found}\); anew: --projector_model_path"
+    message = rf"checkpoint-1: \[processes, ZeRO\] \[{found}\]; anew: --projector_model_path"
     with pytest.raises(InputError, match=message):
         train_here(paths, tmp_path)
 
@@ -216,7 +216,7 @@ def test_a_checkpoint_of_another_setup_is_refused(paths, tmp_path, files, found)
 def test_a_plain_checkpoint_is_refused_under_zero(paths, tmp_path):
     finish(paths, tmp_path, "ddp", "--max_steps 1 --save_steps 1")
     done = start(paths, tmp_path, "zero", "--max_steps 2")
-    message = "checkpoint-1: (processes, ZeRO) (2, False); anew: --projector_model_path"
+    message = "checkpoint-1: [processes, ZeRO] [2, 0]; anew: --projector_model_path"
     assert done.returncode != 0 and f"error: out/{message}" in done.stderr
     # its weights can be used all the same
     shutil.move(tmp_path / "out", tmp_path / "before")

@@ -1,6 +1,5 @@
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,31 +19,34 @@ def run(projector, data_path, result_path, *options):
     return result_path.read_text(encoding="utf-8").splitlines()
 
 
+def score(references, hypotheses):
+    rows = [{"txt": txt, "hyp": hyp} for txt, hyp in zip(references, hypotheses)]
+    return recognize.score(rows)
+
+
+def cells(name, rate, substitutions, deletions, insertions):
+    edits = {"substitutions": substitutions, "deletions": deletions, "insertions": insertions}
+    return {f"{name} %": rate, **edits}
+
+
 def test_wer_worked_out_by_hand():
     references = ["THE CAT SAT", "It's two o'clock!"]
     hypotheses = ["the cat sad down", "it is 2 o'clock"]
-    line = "WER 28.57 % in 2 utterances: 6 right, 1 substituted, 0 deleted, 1 inserted"
-    assert recognize.score(references, hypotheses) == line
+    assert score(references, hypotheses) == cells("WER", "28.57", 1, 0, 1)
 
 
 def test_cer_worked_out_by_hand_for_text_without_word_boundaries():
-    line = "CER 50.00 % in 1 utterances: 3 right, 1 substituted, 0 deleted, 1 inserted"
-    assert recognize.score(["今天天气。"], ["今天 天汽好"]) == line
-    assert recognize.score(["\uf900\ufa0e"], ["\uf900\ufa0e"]).startswith("CER 0.00 %")
+    assert score(["今天天气。"], ["今天 天汽好"]) == cells("CER", "50.00", 1, 0, 1)
+    assert score(["\uf900\ufa0e"], ["\uf900\ufa0e"]) == cells("CER", "0.00", 0, 0, 0)
 
 
 def test_empty_hypotheses_and_references_count():
-    line = "WER 100.00 % in 2 utterances: 0 right, 0 substituted, 2 deleted, 0 inserted"
-    assert recognize.score(["go on", ""], ["", ""]) == line
-    assert recognize.score(["go", ""], ["go", "now"]).startswith(
-        "WER 100.00 % in 2 utterances: 1 right,"
-    )
+    assert score(["go on", ""], ["", ""]) == cells("WER", "100.00", 0, 2, 0)
+    assert score(["go", ""], ["go", "now"]) == cells("WER", "100.00", 0, 0, 1)
 
 
 def test_languages_other_than_english_keep_their_letters_apart_from_case_and_punctuation():
-    assert recognize.score(["Où est l'été?"], ["où est l'ete"]).startswith(
-        "WER 25.00 % in 1 utterances: 3 right"
-    )
+    assert score(["Où est l'été?"], ["où est l'ete"]) == cells("WER", "25.00", 1, 0, 0)
 
 
 def test_jsonl_keeps_every_key_in_the_order_of_the_manifest(paths, projector, tmp_path, capsys):
@@ -52,16 +54,34 @@ def test_jsonl_keeps_every_key_in_the_order_of_the_manifest(paths, projector, tm
     results = [json.loads(line) for line in results]
     assert [result["wav"] for result in results] == [f"{i}.wav" for i in range(8)]
     assert [result["txt"] for result in results] == tiny.TEXTS
-    assert all(set(result) == {"wav", "txt", "hyp"} for result in results)
+    assert all(set(result) == {"wav", "txt", "hyp", "duration"} for result in results)
+    assert [result["duration"] for result in results[:2]] == [0.5, 0.64]  # of 0.5 and 0.63 s
     printed = capsys.readouterr()
-    assert "WER" in printed.out and " 1/1 [" in printed.err
+    assert "| 3 | " in printed.out and " 1/1 [" in printed.err
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_several_beams_have_a_file_each_and_a_table(paths, projector, tmp_path, capsys):
+    for beams in ("1", "3"):
+        run(projector, paths.manifest, tmp_path / f"{beams}.jsonl", "--num_beams", beams)
+    capsys.readouterr()
+    with pytest.raises(FileNotFoundError):
+        run(projector, paths.manifest, tmp_path / "out.jsonl", "--num_beams", "1", "3")
+    head, line, *rows = capsys.readouterr().out.splitlines()
+    heads = ["beam", "WER %", "substitutions", "deletions", "insertions", "RTF", "seconds"]
+    assert head == f"| {' | '.join(heads)} |"
+    assert line == f"| {' | '.join(['---'] * 7)} |"
+    assert [row.split(" | ")[0] for row in rows] == ["| 1", "| 3"]
+    for beams in ("1", "3"):
+        alone = (tmp_path / f"{beams}.jsonl").read_text(encoding="utf-8")
+        assert (tmp_path / f"out.beam{beams}.jsonl").read_text(encoding="utf-8") == alone
+    assert len([*tmp_path.iterdir()]) == 4
 
 
 def test_batch_size_changes_no_hypothesis(paths, projector, tmp_path):
     small = ["--num_beams", "2", "--batch_size"]
-    one = run(projector, paths.manifest, tmp_path / "1.txt", *small, "1")
-    assert one == run(projector, paths.manifest, tmp_path / "3.txt", *small, "3")
+    one = run(projector, paths.manifest, tmp_path / "1.jsonl", *small, "1")
+    assert one == run(projector, paths.manifest, tmp_path / "3.jsonl", *small, "3")
     assert len(one) == 8 and len(set(one)) > 1
 
 
@@ -98,13 +118,15 @@ def test_without_transcripts_there_is_no_score(projector, tmp_path, capsys):
     tiny.make_sound(tmp_path / "a.wav", 0.4, 300)
     manifest = tmp_path / "m.jsonl"
     manifest.write_text('{"wav": "a.wav"}\n' * 2)
-    assert len(run(projector, manifest, tmp_path / "new/out.txt")) == 2
+    assert len(run(projector, manifest, tmp_path / "new/out.jsonl")) == 2
     assert capsys.readouterr().out == ""
     manifest.write_text('{"wav": "a.wav"}\n{"wav": "a.wav", "txt": "go on", "path": 1}')
     results = run(projector, manifest, tmp_path / "out.jsonl")
     assert json.loads(results[1])["path"] == 1
-    [edits] = re.findall(r"WER .* % in 1 utterances: (.*)", capsys.readouterr().out)
-    assert sum(map(int, re.findall(r"(\d+) (?:right|substituted|deleted)", edits))) == 2  # words
+    # of two words, each is wrong and none is missing, or the other way round
+    *_, row = capsys.readouterr().out.splitlines()
+    rate, substitutions, deletions, insertions = map(float, row.split(" | ")[1:5])
+    assert rate == 50 * (substitutions + deletions + insertions)
 
 
 def test_audio_that_cannot_be_read_is_named_and_finished_hypotheses_are_kept(projector, tmp_path):
@@ -114,9 +136,9 @@ def test_audio_that_cannot_be_read_is_named_and_finished_hypotheses_are_kept(pro
     # large files come first, and while one batch is recognised the next is read
     manifest.write_text('{"wav": "b.wav"}\n' + '{"wav": "a.wav"}\n' * 2)
     with pytest.raises(InputError, match=r"b.wav: cannot be decoded"):
-        run(projector, manifest, tmp_path / "out.txt", "--batch_size", "1")
-    assert not (tmp_path / "out.txt").exists()
-    assert len((tmp_path / "out.txt.part").read_text(encoding="utf-8").splitlines()) == 1
+        run(projector, manifest, tmp_path / "out.jsonl", "--batch_size", "1")
+    assert not (tmp_path / "out.jsonl").exists()
+    assert len((tmp_path / "out.jsonl.part").read_text(encoding="utf-8").splitlines()) == 1
 
 
 @pytest.mark.parametrize("count", [5, 8])
@@ -136,5 +158,5 @@ def test_two_processes_recognise_what_one_does_in_the_order_of_the_manifest(
     assert done.returncode == 0, done.stderr[-4000:]
     two = (tmp_path / "two.jsonl").read_text(encoding="utf-8").splitlines()
     assert two == one and len(two) == count and len(set(two)) == count
-    assert done.stdout.count("WER") == 1
+    assert done.stdout.count("| beam | WER % |") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.jsonl", "two.jsonl"]

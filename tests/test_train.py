@@ -130,10 +130,11 @@ def test_eight_utterances_are_learnt_word_for_word_and_the_rest_stays_frozen(
     capsys.readouterr()
     for beams in ("1", "3"):
         arguments = ["--projector_model_path", str(tmp_path / "model.safetensors")]
-        arguments += ["--data_path", paths.manifest, "--result_path", str(tmp_path / "out.txt")]
+        arguments += ["--data_path", paths.manifest, "--result_path", str(tmp_path / "out.jsonl")]
         recognize.main([*arguments, "--num_beams", beams])
-        assert (tmp_path / "out.txt").read_text().splitlines() == tiny.TEXTS
-        assert capsys.readouterr().out.startswith("WER 0.00 % in 8 utterances: 8 right")
+        results = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+        assert [result["hyp"] for result in results] == tiny.TEXTS
+        assert f"| {beams} | 0.00 | 0 | 0 | 0 |" in capsys.readouterr().out
 
     [(model, before)] = models
     for name, tensor in whole(model).items():

@@ -1,0 +1,71 @@
+"""Recognise a manifest with Whisper's own decoder, to stand beside recognize.py's result:
+
+    python bench/native.py --whisper_model_name_or_path WHISPER.pt --data_path dev.jsonl \
+        --result_path native.jsonl [--language en] [--beside ours.jsonl ...]
+
+writes a hypothesis a line, as recognize.py does, and prints bench/score.py's table of this result
+and of those beside it. Audio over 30 s goes through Whisper's `transcribe`, window by window.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import whisper
+from tqdm import tqdm
+from transformers.hf_argparser import HfArg, HfArgumentParser
+from whisper.audio import N_SAMPLES, SAMPLE_RATE
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from score import show
+
+from data import load_audio, read_manifest
+from model import run
+
+
+@dataclass
+class Arguments:
+    whisper_model_name_or_path: str = HfArg(help="A name of openai-whisper's or a .pt file.")
+    data_path: list[str] = HfArg(help="JSONL manifests.")
+    result_path: str = HfArg(help="JSONL, the manifest's keys and hyp.")
+    beside: list[str] = HfArg(default_factory=list, help="Results to show in the same table.")
+    language: str = HfArg(default="en", help="Of a multilingual Whisper.")
+    num_beams: int = HfArg(default=5, help="Whisper's beam; 1 is greedy.")
+    batch_size: int = HfArg(default=8, help="Utterances decoded at once.")
+
+
+@torch.inference_mode()
+def main(argv: list[str] | None = None) -> None:
+    [args] = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
+    rows = read_manifest(args.data_path, default="")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = whisper.load_model(args.whisper_model_name_or_path, device)
+    beams = args.num_beams if args.num_beams > 1 else None
+    options = {"language": args.language, "beam_size": beams, "fp16": device == "cuda"}
+    start = time.perf_counter()
+    for i in tqdm(range(0, len(rows), args.batch_size)):
+        batch = rows[i : i + args.batch_size]
+        audios = [load_audio(row["_path"]) for row in batch]
+        windows = [whisper.pad_or_trim(audio) for audio in audios]
+        mel = torch.stack([whisper.log_mel_spectrogram(x, model.dims.n_mels) for x in windows])
+        decoding = whisper.DecodingOptions(**options, without_timestamps=True)
+        for row, audio, found in zip(batch, audios, model.decode(mel.to(device), decoding)):
+            long = len(audio) > N_SAMPLES
+            text = model.transcribe(audio, **options)["text"] if long else found.text
+            row |= {"hyp": text.strip(), "duration": len(audio) / SAMPLE_RATE}
+    seconds, duration = time.perf_counter() - start, sum(row["duration"] for row in rows)
+    public = [{key: row[key] for key in row if key[0] != "_"} for row in rows]
+    lines = [json.dumps(row, ensure_ascii=False) for row in public]
+    path = Path(args.result_path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    print(f"{len(rows)} utterances, {seconds:.1f} s, RTF {seconds / duration:.3f}")
+    show([args.result_path, *args.beside])
+
+
+if __name__ == "__main__":
+    run(main)

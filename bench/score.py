@@ -1,0 +1,120 @@
+"""Score results again, without a model, with and without their hallucinations:
+
+    python bench/score.py --result_path RESULT.jsonl ... \
+        [--metric WER|CER] [--normalizer english|basic|none]
+
+RESULT is what recognize.py or bench/native.py wrote. Each has a row in a table: its error rate over
+all utterances, "filtered" without those whose hypothesis is a hallucination, and how many were so
+dropped; below are these themselves. All lines of RESULT with a transcript get their own `rate`, and
+in `hallucination` the reason or null. Without the flags, metric and normaliser are recognize.py's.
+"""
+
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from transformers.hf_argparser import HfArg, HfArgumentParser
+from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import recognize
+from model import InputError, run
+
+NORMALIZERS = {"english": EnglishTextNormalizer(), "basic": BasicTextNormalizer(), "none": str}
+# what a chat says of audio that it does not hear: it speaks of the audio, or of itself
+REFUSAL = re.compile(
+    r"\b(no|any) (speech|audio)\b|\bas an? (ai|language)\b|\b(ai assistant|language model)\b"
+    r"|\bi apologi[sz]e\b|\b(i'm|i am) sorry,? but\b"
+    r"|\b(cannot|can't|unable to) (hear|listen|transcribe|repeat)\b"
+)
+LOOP = re.compile(r"(.{2,60}?)\1{4}")  # the same 2 to 60 characters five times in a row
+FASTEST = 25  # characters a second, of which a fast speaker of English says 20
+
+
+@dataclass
+class Arguments:
+    result_path: list[str] = HfArg(help="JSONL files with txt and hyp.")
+    metric: Literal["WER", "CER"] | None = HfArg(default=None, help="Default: by the script.")
+    normalizer: Literal["english", "basic", "none"] | None = HfArg(default=None, help="Likewise.")
+
+
+def hallucination(row: dict) -> str | None:
+    """Why a row's hypothesis is no transcript of its audio, whatever was said in it."""
+    hypothesis = row["hyp"].lower()
+    # a second more, as short words are short
+    if len(hypothesis) > FASTEST * (row.get("duration", float("inf")) + 1):
+        return "more than can be said"
+    if LOOP.search(f"{hypothesis} "):
+        return "loop"
+    return "refusal" if REFUSAL.search(hypothesis) else None
+
+
+def read(path: str) -> list[dict]:
+    """The rows of a result."""
+    try:
+        rows = [
+            json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]
+        ]
+        if not all(isinstance(row["hyp"], str) for row in rows):
+            raise ValueError("hyp must be a string")
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}: wanted JSONL with hyp, as recognize.py writes: {error!r}"
+        ) from error
+    return rows
+
+
+def normalizer(texts: list[str], metric: str | None, name: str | None):
+    """The metric, and what makes words of a text: as in recognize.score, or what is asked for."""
+    metric = metric or next(iter(recognize.score([{"txt": x, "hyp": ""} for x in texts])))[:3]
+    english = metric == "WER" and sum(map(str.isascii, "".join(texts))) > 0.99 * len("".join(texts))
+    clean = NORMALIZERS[name or ("english" if english else "basic")]
+    # the words of a CER are all characters but spaces
+    return metric, clean if metric == "WER" else lambda x: " ".join("".join(clean(x).split()))
+
+
+def score(path: str, metric: str | None, name: str | None) -> tuple[dict, list[dict]]:
+    """The cells of a result by their heads, and the rows dropped; rates go into the file."""
+    rows = read(path)
+    scored = [row for row in rows if "txt" in row]
+    metric, norm = normalizer([row["txt"] for row in scored], metric, name)
+
+    def rate(rows: list[dict]) -> str:
+        return next(iter(recognize.score(rows, norm).values()))
+
+    for row in scored:
+        row |= {"rate": float(rate([row])), "hallucination": hallucination(row)}
+    kept = [row for row in scored if not row["hallucination"]]
+    part = Path(f"{path}.part")
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    part.write_text("\n".join([*lines, ""]), encoding="utf-8", errors="replace")
+    part.replace(path)
+    _, *edits = recognize.score(scored, norm).items()
+    cells = {"result": path, f"{metric} %": rate(scored), **dict(edits)}
+    cells |= {f"{metric} % filtered": rate(kept), "dropped": f"{len(scored) - len(kept)}"}
+    return cells | {"utterances": len(scored)}, [row for row in scored if row["hallucination"]]
+
+
+def show(paths: list[str], metric: str | None = None, name: str | None = None) -> None:
+    """Print the table of results, and what was dropped from them."""
+    results = [score(path, metric, name) for path in paths]
+    first = results[0][0]
+    for cells in [first, ["---"] * len(first), *(cells.values() for cells, _ in results)]:
+        print("|", " | ".join(map(str, cells)), "|")
+    for cells, dropped in results:
+        for row in dropped:
+            where = f"{cells['result']}: {row['wav']}: {row['hallucination']}"
+            print(f"{where}: {row['txt']} | {row['hyp']}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    [args] = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
+    show(args.result_path, args.metric, args.normalizer)
+
+
+if __name__ == "__main__":
+    run(main)
