@@ -1,0 +1,83 @@
+"""Draw learning curves, or the error rate over the beam's width, as PNG:
+
+    python bench/plot.py curves.png exp/tiny exp/base:128
+    python bench/plot.py beams.png table.md
+
+For folders that train.py wrote, or copies of their trainer_state.json, it draws loss and listening
+gap over the utterances seen, and WER where bench/ablate.py left its curve.md beside. Behind the
+colon are the utterances of a step, where these are more than one process's batch. A file is the
+table that recognize.py printed for several beams. Needs bench/requirements.txt.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+from matplotlib.ticker import FuncFormatter
+
+WIDTH, HEIGHT = 10, 3.4  # inches, at 100 dots each: as wide as a README
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    """The rows of the markdown tables in a file, by their heads."""
+    lines = [x.strip("| ").split("|") for x in path.read_text().splitlines() if "|" in x]
+    heads, _, *rows = [[cell.strip() for cell in line] for line in lines]
+    return [dict(zip(heads, row)) for row in rows]
+
+
+def curves(runs: list[str]) -> None:
+    """A panel each for loss, listening gap and, if a run has it, WER; a line a run."""
+    panels: dict[str, list] = {"loss, nats a token": [], "listening gap, nats a token": []}
+    for run in runs:
+        folder, _, size = run.partition(":")
+        state = json.loads(Path(folder, "trainer_state.json").read_text())
+        seen = int(size or state["train_batch_size"])  # utterances of a step
+        logs = [x for x in state["log_history"] if "eval_loss" in x]
+        steps = [seen * log["step"] for log in logs]
+        for name, key in zip(panels, ("eval_loss", "eval_listening_gap")):
+            panels[name].append((Path(folder).name, steps, [log[key] for log in logs]))
+        if (curve := Path(folder, "curve.md")).exists():
+            rows = table(curve)
+            rates = [float(row["greedy WER"].removesuffix(" %")) for row in rows]
+            utterances = [int(row["utterances"]) for row in rows]
+            panels.setdefault("greedy WER, %", []).append((Path(folder).name, utterances, rates))
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(WIDTH, HEIGHT))
+    for axis, (title, lines) in zip(axes, panels.items()):
+        for name, x, y in lines:
+            axis.plot(x, y, marker="o", markersize=3, label=name)
+        axis.set(title=title, xlabel="utterances seen")
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1000:g}k"))
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+
+
+def beams(path: Path) -> None:
+    """The error rate on the left, the real-time factor on the right."""
+    rows = table(path)
+    metric = next(head for head in rows[0] if head.endswith("%"))
+    widths = [row["beam"] for row in rows]
+    figure, axes = pyplot.subplots(1, 2, figsize=(WIDTH, HEIGHT))
+    for axis, head, name in zip(axes, (metric, "RTF"), (metric, "real-time factor")):
+        axis.plot(widths, [float(row[head]) for row in rows], marker="o")
+        axis.set(title=name, xlabel="beam width")
+        axis.grid(alpha=0.3)
+
+
+def main(out: str, *sources: str) -> None:
+    if Path(sources[0]).is_file():
+        beams(Path(sources[0]))
+    else:
+        curves(list(sources))
+    pyplot.tight_layout()
+    pyplot.savefig(out, dpi=100)
+    print(out)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit("usage: python bench/plot.py OUT.png FOLDER[:UTTERANCES_A_STEP]...|TABLE.md")
+    main(*sys.argv[1:])

@@ -1,0 +1,102 @@
+"""Print what is said in audio files, of any length, or use `transcribe` from Python.
+
+    python demo/transcribe.py --projector_model_path exp/model.safetensors --wav a.wav b.flac \
+        folder/
+
+prints `path<TAB>text` for each file, and for each audio file in a folder. Audio over 30 s is cut
+where it is quietest, and each piece recognised alone.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import soundfile
+import torch
+from tqdm import tqdm
+from transformers.hf_argparser import HfArg, HfArgumentParser
+from whisper.audio import N_SAMPLES, SAMPLE_RATE
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from data import SAMPLES_PER_POSITION, load_audio, log_mel
+from model import InputError, SpeechLLM, load, run
+
+SUFFIXES = {f".{name.lower()}" for name in [*soundfile.available_formats(), "opus"]}
+QUIET = SAMPLE_RATE // 5  # samples, over which the loudness is measured
+
+
+@dataclass
+class Arguments:
+    projector_model_path: str = HfArg(help="The model.safetensors that train.py wrote.")
+    wav: list[str] = HfArg(help="Audio files, and folders of them.")
+    num_beams: int = HfArg(default=3, help="Beam width; 1 is greedy.")
+    batch_size: int = HfArg(default=8, help="Pieces decoded at once.")
+    bf16: bool = HfArg(default=torch.accelerator.is_available(), help="bfloat16, not float32.")
+    llm_model_name_or_path: str | None = HfArg(default=None, help="Where it is now, if it moved.")
+    whisper_model_name_or_path: str | None = HfArg(default=None, help="Where it is now, likewise.")
+
+
+def split(audio: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Audio (S,) in pieces of at most 30 s; each cut is in the quietest 0.2 s after its first half.
+
+    Nothing is lost: the pieces, joined, are the audio.
+    """
+    while len(audio) > N_SAMPLES:
+        half = N_SAMPLES // 2
+        windows = audio[half:N_SAMPLES].square().unfold(0, QUIET, QUIET // 2)
+        end = half + QUIET // 2 * (int(windows.sum(1).argmin()) + 1)
+        yield audio[:end]
+        audio = audio[end:]
+    yield audio
+
+
+@torch.inference_mode()
+def transcribe(
+    model: SpeechLLM, audios: list, num_beams: int = 3, batch_size: int = 8
+) -> list[str]:
+    """The text of each audio, a path or a waveform (S,), mono at 16 kHz, by model.load's model."""
+    model.eval()
+    device, pieces = model.projector.conv.weight.device, []
+    for i, audio in enumerate(audios):
+        samples = load_audio(str(audio)) if isinstance(audio, str | Path) else audio
+        pieces += [(i, x) for x in split(torch.as_tensor(samples, dtype=torch.float32))]
+    texts = [""] * len(pieces)
+    order = sorted(range(len(pieces)), key=lambda j: -len(pieces[j][1]))  # of about one length
+    for start in tqdm(range(0, len(order), batch_size), disable=len(order) <= batch_size):
+        places = order[start : start + batch_size]
+        lengths = [-(-len(pieces[j][1]) // SAMPLES_PER_POSITION) for j in places]
+        mel = [log_mel(pieces[j][1], model.collation["n_mels"]).to(device) for j in places]
+        batch = {"mel": mel, "encoder_lengths": torch.tensor(lengths, device=device)}
+        batch["labels"] = torch.empty(len(places), 0, dtype=torch.long, device=device)
+        tokens = model.generate(num_beams, **batch)
+        for j, text in zip(places, model.tokenizer.batch_decode(tokens, skip_special_tokens=True)):
+            texts[j] = text
+    joined = [" ".join(x for (k, _), x in zip(pieces, texts) if k == i) for i in range(len(audios))]
+    return [" ".join(text.split()) for text in joined]
+
+
+def find(paths: list[str]) -> list[str]:
+    """Files as they are, and the audio files in folders, in order."""
+    for path in map(Path, paths):
+        if not path.exists():
+            raise InputError(f"--wav {path}: there is no such file or folder")
+    found = [x for p in map(Path, paths) for x in (sorted(p.rglob("*")) if p.is_dir() else [p])]
+    files = [str(x) for x in found if str(x) in paths or x.suffix.lower() in SUFFIXES]
+    if not files:
+        raise InputError(f"--wav {' '.join(paths)}: no audio file in it")
+    return files
+
+
+def main(argv: list[str] | None = None) -> None:
+    [args] = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
+    files = find(args.wav)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    model = load(**vars(args)).to(device)
+    for file, text in zip(files, transcribe(model, files, args.num_beams, args.batch_size)):
+        print(f"{file}\t{text}")
+
+
+if __name__ == "__main__":
+    run(main)
