@@ -4,7 +4,8 @@
 #     bash tests/run.sh            # arguments go to pytest: bash tests/run.sh -k prompt
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source demo/environment.sh requirements.txt demo/requirements.txt tests/requirements.txt
+source demo/environment.sh requirements.txt demo/requirements.txt bench/requirements.txt \
+    tests/requirements.txt
 
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

@@ -1,3 +1,5 @@
+import json
+
 """The measurements in bench/, on tiny models."""
 
 import shutil
@@ -90,3 +92,27 @@ def test_memory_is_computed_for_known_models_and_measured_for_each_process(paths
     lines = bench("memory.py", "measure", paths.manifest, paths.whisper, paths.qwen).splitlines()
     peaks = {line.split(" | ")[0]: line.split(" | ")[3].split(", ") for line in lines[2:5]}
     assert [len(ranks) for ranks in peaks.values()] == [1, 2, 2] and "2, ZeRO-3" in peaks
+
+
+def test_curves_and_beams_are_drawn(tmp_path):
+    logs = [{"step": 5 * i, "eval_loss": 3 - i, "eval_listening_gap": i} for i in (1, 2)]
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        state = {"train_batch_size": 4, "log_history": [*logs, {"step": 11, "train_loss": 1}]}
+        (tmp_path / name / "trainer_state.json").write_text(json.dumps(state))
+    curve = "utterances | loss | listening gap | greedy WER\n---|---|---|---\n20 | 2 | 1 | 94.5 %\n"
+    (tmp_path / "a" / "curve.md").write_text(curve)
+    table = "| beam | WER % | RTF |\n| --- | --- | --- |\n| 1 | 12.5 | 0.1 |\n| 3 | 11 | 0.3 |\n"
+    (tmp_path / "table.md").write_text(table)
+    import plot
+
+    bench("plot.py", tmp_path / "curves.png", tmp_path / "a", f"{tmp_path / 'b'}:64")
+    plot.curves([str(tmp_path / "a"), f"{tmp_path / 'b'}:64"])
+    loss, gap, rate = plot.pyplot.gcf().axes
+    assert [list(line.get_xdata()) for line in loss.lines] == [[20, 40], [320, 640]]
+    assert list(gap.lines[0].get_ydata()) == [1, 2] and list(rate.lines[0].get_ydata()) == [94.5]
+    plot.beams(tmp_path / "table.md")
+    rate, factor = plot.pyplot.gcf().axes
+    assert list(rate.lines[0].get_ydata()) == [12.5, 11]
+    assert list(factor.lines[0].get_ydata()) == [0.1, 0.3]
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
