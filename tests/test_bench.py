@@ -1,7 +1,6 @@
-import json
-
 """The measurements in bench/, on tiny models."""
 
+import json
 import shutil
 import subprocess
 import sys
