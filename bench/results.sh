@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# The headline row of docs/results.md, from manifests:
+#
+#     bash bench/results.sh TRAIN.jsonl DEV.jsonl WHISPER.pt OUT [SEED]
+#
+# from the repository's root, after demo/run.sh, whose LLM and voice it uses. About two hours on two
+# cores. The corpus, two copies of it at other speeds and 12,000 sentences that the LLM writes and a
+# voice speaks are trained on; DEV is decoded with beams of 1 to 10, and by Whisper's own decoder.
+# What is there already is not made again.
+set -euo pipefail
+train=$1 dev=$2 whisper=$3 out=$4 seed=${5:-42}
+python=.venv/bin/python
+llm=demo/models/SmolLM2-135M-Instruct
+mkdir -p "$out"
+
+[ -e "$out/dev.jsonl" ] || $python bench/augment.py lower "$dev" "$out/dev.jsonl"
+[ -e "$out/train.jsonl" ] || $python bench/augment.py lower "$train" "$out/train.jsonl"
+[ -e "$out/speed/manifest.jsonl" ] \
+    || $python bench/augment.py speed "$out/train.jsonl" "$out/speed" 0.88 1.12
+[ -e "$out/sentences.txt" ] || $python bench/augment.py write $llm 12000 "$out/sentences.txt"
+[ -e "$out/spoken/manifest.jsonl" ] \
+    || $python bench/augment.py speak "$out/sentences.txt" "$out/spoken"
+awk 'NR % 5 == 1' "$out/dev.jsonl" > "$out/dev-fifth.jsonl"
+
+name=$(basename "$whisper" .pt)-$seed
+if [ ! -e "$out/$name/model.safetensors" ]; then
+    $python bench/cached.py "$out/encoded" train.py \
+        --llm_model_name_or_path $llm --whisper_model_name_or_path "$whisper" \
+        --data_path "$out/train.jsonl" "$out/speed/manifest.jsonl" "$out/spoken/manifest.jsonl" \
+        --eval_data_path "$out/dev-fifth.jsonl" --eval_strategy steps --eval_steps 425 \
+        --save_steps 425 --save_total_limit 2 --max_steps 4163 --ctc_first 0.71 --seed "$seed" \
+        --per_device_train_batch_size 16 --per_device_eval_batch_size 20 --bf16 True \
+        --learning_rate 1e-3 --lr_scheduler_type cosine --warmup_ratio 0.03 \
+        --dataloader_num_workers 1 --logging_steps 50 --report_to none --output_dir "$out/$name"
+fi
+$python bench/cached.py "$out/encoded" recognize.py --data_path "$out/dev.jsonl" --bf16 True \
+    --projector_model_path "$out/$name/model.safetensors" --num_beams 1 3 5 8 10 \
+    --result_path "$out/$name/dev.jsonl" | tee "$out/$name/beams.md"
+$python bench/plot.py "$out/$name/beams.png" "$out/$name/beams.md"
+$python bench/native.py --whisper_model_name_or_path "$whisper" --data_path "$out/dev.jsonl" \
+    --result_path "$out/native-$(basename "$whisper" .pt).jsonl" --beside "$out/$name"/dev.beam*.jsonl
