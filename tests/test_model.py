@@ -406,6 +406,17 @@ def test_sampling_and_penalties_of_a_chat_model_are_dropped_but_its_stops_kept(p
     assert chat.llm.generation_config.repetition_penalty is None
 
 
+def test_a_tokenizer_without_a_chat_template_is_refused_until_it_has_one(paths, tmp_path):
+    model = load_tiny(paths)
+    model.llm.save_pretrained(tmp_path)
+    tiny.make_tokenizer(None, "<|im_end|>").save_pretrained(tmp_path)
+    names = {"llm_model_name_or_path": str(tmp_path), "whisper_model_name_or_path": paths.whisper}
+    with pytest.raises(InputError, match=r"cannot load the models.*chat_template is not set"):
+        load(**names)
+    (tmp_path / "chat_template.jinja").write_text(tiny.CHATML)
+    assert load(**names).before == model.before
+
+
 def test_an_llm_that_was_saved_without_its_cache_has_one(paths, tmp_path):
     model = load_tiny(paths)
     model.llm.config.use_cache = False
