@@ -35,7 +35,6 @@ class Arguments:
     beside: list[str] = HfArg(default_factory=list, help="Results to show in the same table.")
     language: str = HfArg(default="en", help="Of a multilingual Whisper.")
     num_beams: int = HfArg(default=5, help="Whisper's beam; 1 is greedy.")
-    batch_size: int = HfArg(default=8, help="Utterances decoded at once.")
 
 
 @torch.inference_mode()
@@ -47,16 +46,15 @@ def main(argv: list[str] | None = None) -> None:
     beams = args.num_beams if args.num_beams > 1 else None
     options = {"language": args.language, "beam_size": beams, "fp16": device == "cuda"}
     start = time.perf_counter()
-    for i in tqdm(range(0, len(rows), args.batch_size)):
-        batch = rows[i : i + args.batch_size]
-        audios = [load_audio(row["_path"]) for row in batch]
-        windows = [whisper.pad_or_trim(audio) for audio in audios]
-        mel = torch.stack([whisper.log_mel_spectrogram(x, model.dims.n_mels) for x in windows])
+    for row in tqdm(rows):  # one by one, as Whisper's beam search takes no batches
+        audio = load_audio(row["_path"])
+        row["duration"] = len(audio) / SAMPLE_RATE
+        if len(audio) > N_SAMPLES:
+            row["hyp"] = model.transcribe(audio, **options)["text"].strip()
+            continue
+        mel = whisper.log_mel_spectrogram(whisper.pad_or_trim(audio), model.dims.n_mels)
         decoding = whisper.DecodingOptions(**options, without_timestamps=True)
-        for row, audio, found in zip(batch, audios, model.decode(mel.to(device), decoding)):
-            long = len(audio) > N_SAMPLES
-            text = model.transcribe(audio, **options)["text"] if long else found.text
-            row |= {"hyp": text.strip(), "duration": len(audio) / SAMPLE_RATE}
+        row["hyp"] = model.decode(mel.to(device), decoding).text.strip()
     seconds, duration = time.perf_counter() - start, sum(row["duration"] for row in rows)
     public = [{key: row[key] for key in row if key[0] != "_"} for row in rows]
     lines = [json.dumps(row, ensure_ascii=False) for row in public]

