@@ -22,17 +22,24 @@ mkdir -p "$out"
     || $python bench/augment.py speak "$out/sentences.txt" "$out/spoken"
 awk 'NR % 5 == 1' "$out/dev.jsonl" > "$out/dev-fifth.jsonl"
 
+train() { # OUTPUT_DIR, flags
+    [ ! -e "$1/model.safetensors" ] || return 0
+    $python bench/cached.py "$out/encoded" train.py --output_dir "$1" --seed "$seed" \
+        --llm_model_name_or_path $llm --whisper_model_name_or_path "$whisper" --bf16 True \
+        --per_device_train_batch_size 16 --per_device_eval_batch_size 20 --learning_rate 1e-3 \
+        --dataloader_num_workers 1 --logging_steps 50 --report_to none "${@:2}"
+}
+
 name=$(basename "$whisper" .pt)-$seed
-if [ ! -e "$out/$name/model.safetensors" ]; then
-    $python bench/cached.py "$out/encoded" train.py \
-        --llm_model_name_or_path $llm --whisper_model_name_or_path "$whisper" \
-        --data_path "$out/train.jsonl" "$out/speed/manifest.jsonl" "$out/spoken/manifest.jsonl" \
-        --eval_data_path "$out/dev-fifth.jsonl" --eval_strategy steps --eval_steps 425 \
-        --save_steps 425 --save_total_limit 2 --max_steps 4163 --ctc_first 0.71 --seed "$seed" \
-        --per_device_train_batch_size 16 --per_device_eval_batch_size 20 --bf16 True \
-        --learning_rate 1e-3 --lr_scheduler_type cosine --warmup_ratio 0.03 \
-        --dataloader_num_workers 1 --logging_steps 50 --report_to none --output_dir "$out/$name"
-fi
+# the CTC loss on the corpus and its copies, then on all, and then the LLM's loss beside it
+train "$out/$name-ctc" --data_path "$out/train.jsonl" "$out/speed/manifest.jsonl" \
+    --max_steps 763 --ctc_first 1 --lr_scheduler_type constant_with_warmup --warmup_ratio 0.05 \
+    --save_strategy no
+train "$out/$name" --projector_model_path "$out/$name-ctc/model.safetensors" \
+    --data_path "$out/train.jsonl" "$out/speed/manifest.jsonl" "$out/spoken/manifest.jsonl" \
+    --max_steps 3400 --ctc_first 0.65 --lr_scheduler_type cosine --warmup_ratio 0.03 \
+    --eval_data_path "$out/dev-fifth.jsonl" --eval_strategy steps --eval_steps 425 \
+    --save_steps 425 --save_total_limit 2
 $python bench/cached.py "$out/encoded" recognize.py --data_path "$out/dev.jsonl" --bf16 True \
     --projector_model_path "$out/$name/model.safetensors" --num_beams 1 3 5 8 10 \
     --result_path "$out/$name/dev.jsonl" | tee "$out/$name/beams.md"
