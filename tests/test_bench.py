@@ -115,3 +115,11 @@ def test_curves_and_beams_are_drawn(tmp_path):
     assert list(rate.lines[0].get_ydata()) == [12.5, 11]
     assert list(factor.lines[0].get_ydata()) == [0.1, 0.3]
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_long_audio_is_scored_as_a_whole_and_in_pieces(paths, projector):
+    head, whole, pieces = bench("long.py", projector, paths.manifest, "40").splitlines()
+    assert head.startswith("1 files, 0.2 minutes")  # 8 utterances and silences, 11.6 s
+    assert whole.startswith("whole: {'WER %'")
+    # under 30 s it is one piece
+    assert whole.removeprefix("whole") == pieces.removeprefix("in pieces")
