@@ -251,5 +251,5 @@ def load(projector_model_path=None, bf16=False, **given):
         if path:
             nn.ModuleDict({"projector": model.projector}).load_state_dict(load_file(path))
     except Exception as error:
-        raise InputError(f"cannot load the models, or the projector {path}: {error}") from error
+        raise InputError(f"cannot load {given}, or the projector {path}: {error!r}") from error
     return model

@@ -22,7 +22,7 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 
 from data import SAMPLE_RATE, SAMPLES_PER_POSITION, collate, read_manifest
-from model import load, run
+from model import InputError, load, run
 
 
 @dataclass
@@ -72,6 +72,8 @@ def score(rows: list[dict], norm=None) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     [args] = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
+    if min(args.batch_size, *args.num_beams) < 1:
+        raise InputError(f"wanted 1 or more, got {args.num_beams=}, {args.batch_size=}")
     rows, table = read_manifest(args.data_path, default=""), []
     state, path = PartialState(cpu=not torch.accelerator.is_available()), Path(args.result_path)
     part = Path(f"{path}.part" if state.is_main_process else "/dev/null")
@@ -87,8 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         if scored := [row for row in rows if "txt" in row]:
             rtf = f"{seconds / sum(row['duration'] for row in rows):.3f}"
             table += [{"beam": beams, **score(scored), "RTF": rtf, "seconds": f"{seconds:.1f}"}]
-        public = [{key: row[key] for key in row if key[0] != "_"} for row in rows]
-        lines = [json.dumps(row, ensure_ascii=False) for row in public]
+        lines = [json.dumps({k: x[k] for k in x if k[0] != "_"}, ensure_ascii=False) for x in rows]
         part.write_text("\n".join([*lines, ""]), encoding="utf-8", errors="replace")
         if state.is_main_process:
             part.replace(path.with_stem(path.stem + f".beam{beams}" * (len(args.num_beams) > 1)))

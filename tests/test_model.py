@@ -411,7 +411,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused_until_it_has_one(paths, 
     model.llm.save_pretrained(tmp_path)
     tiny.make_tokenizer(None, "<|im_end|>").save_pretrained(tmp_path)
     names = {"llm_model_name_or_path": str(tmp_path), "whisper_model_name_or_path": paths.whisper}
-    with pytest.raises(InputError, match=r"cannot load the models.*chat_template is not set"):
+    with pytest.raises(InputError, match=r"cannot load.*chat_template is not set"):
         load(**names)
     (tmp_path / "chat_template.jinja").write_text(tiny.CHATML)
     assert load(**names).before == model.before
@@ -532,17 +532,17 @@ def test_a_projector_of_other_sizes_is_refused(paths, tmp_path):
     load_tiny(paths).save_projector(path)
     wide = str(tiny.make_whisper(tmp_path / "tiny.pt", width=48))
     with pytest.raises(
-        InputError, match=r"(?s)models, or the projector.*mismatch for projector.conv"
+        InputError, match=r"(?s)or the projector.*mismatch for projector.conv"
     ):
         load(path, whisper_model_name_or_path=wide)
 
 
 def test_files_that_are_no_projector_are_refused(paths, tmp_path):
     path = str(tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match="the projector .*model.safetensors: No such file"):
+    with pytest.raises(InputError, match="the projector .*model.safetensors: .*No such file"):
         load(path)
     Path(path).write_bytes(b"not a projector")
-    with pytest.raises(InputError, match="the projector .*model.safetensors: Error while deser"):
+    with pytest.raises(InputError, match="the projector .*model.safetensors: .*Error while deser"):
         load(path)
     with pytest.raises(InputError, match=f"the projector {tmp_path}: "):  # a folder
         load(str(tmp_path))

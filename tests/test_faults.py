@@ -1,0 +1,195 @@
+"""Each fault of a user's input ends in one line that says what, where and what to do."""
+
+import os
+import pickle
+import random
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+import model
+import recognize
+import train
+from data import load_audio, read_manifest
+
+GOOD = '{"wav": "a.wav", "txt": "go"}'
+VALID = r"available models = \['tiny.en', 'tiny'"
+
+
+@pytest.fixture
+def here(paths, projector, tmp_path, monkeypatch):
+    """A folder to work in, with a.wav and what the cases name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    tiny.make_sound(tmp_path / "a.wav", 0.4, 300)
+    whole = (tmp_path / "a.wav").read_bytes()
+    for name, content in {"zero": b"", "cut": whole[:30], "text": b"hello"}.items():
+        Path(f"{name}.wav").write_bytes(content)
+    soundfile.write("none.wav", np.zeros(0), 16_000)
+    nan = np.zeros(8000, np.float32)
+    nan[5] = np.nan
+    soundfile.write("nan.wav", nan, 16_000, subtype="FLOAT")
+    os.mkfifo("fifo.wav")
+    Path("folder").mkdir()
+    shutil.copy(projector, "good.safetensors")
+    Path("truncated.safetensors").write_bytes(Path(projector).read_bytes()[:5000])
+    Path("text.safetensors").write_text("hello")
+    settings = {**model.DEFAULTS, "format": "9", "llm_model_name_or_path": paths.qwen}
+    settings["whisper_model_name_or_path"] = paths.whisper
+    save_file(load_file(projector), "newer.safetensors", settings)
+    Path("text.pt").write_text("hello")
+    with open("code.pt", "wb") as file:
+        pickle.dump({"x": Code()}, file)
+    torch.save({"x": Code()}, "code-zip.pt")
+    return SimpleNamespace(path=tmp_path, paths=paths)
+
+
+class Code:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return os.system, ("touch was-run",)
+
+
+def fail(main, arguments):
+    """The line with which a command ends."""
+    with pytest.raises(SystemExit) as error:
+        model.run(lambda: main(arguments))
+    message = str(error.value.code)
+    assert message.startswith("error: ")
+    return message
+
+
+MANIFESTS = {
+    "{": r"m.jsonl:1: Expecting property name",
+    "[1]": r"m.jsonl:1: .* in b'\[1\]'",
+    "3": r"m.jsonl:1: .* in b'3'",
+    f"{GOOD}\n\n{{": r"m.jsonl:3: ",
+    '{"txt": "x"}': r"m.jsonl:1: \"wav\" must be a file, got None",
+    '{"wav": 3, "txt": "x"}': r"m.jsonl:1: \"wav\" must be a file, got 3",
+    '{"wav": "a.wav", "txt": 3}': r"m.jsonl:1: .*\"txt\" a string, got 3",
+    '{"wav": "a.wav", "txt": null}': r"m.jsonl:1: .*\"txt\" a string, got None",
+    '{"wav": "b.wav", "txt": "x"}': r"m.jsonl:1: \"wav\" must be a file, got b.wav",
+    '{"wav": "folder", "txt": "x"}': r"m.jsonl:1: \"wav\" must be a file, got folder",
+    '{"wav": "fifo.wav", "txt": "x"}': r"m.jsonl:1: \"wav\" must be a file, got fifo.wav",
+    b'{"wav": "a.wav", "txt": "caf\xe9"}': r"m.jsonl:1: 'utf-8' codec can't decode byte 0xe9",
+    "": r"m.jsonl: no utterance in it",
+    "\n \n": r"m.jsonl: no utterance in it",
+    '{"wav": "zero.wav", "txt": "x"}': r"zero.wav: cannot be decoded as audio",
+    '{"wav": "cut.wav", "txt": "x"}': r"cut.wav: cannot be decoded as audio",
+    '{"wav": "text.wav", "txt": "x"}': r"text.wav: cannot be decoded as audio",
+    '{"wav": "none.wav", "txt": "x"}': r"none.wav: holds no audio",
+    '{"wav": "nan.wav", "txt": "x"}': r"nan.wav: holds no audio, or samples that are no numbers",
+}
+
+
+@pytest.mark.parametrize("manifest", MANIFESTS)
+def test_a_bad_manifest_or_its_audio_is_named(here, manifest):
+    Path("m.jsonl").write_bytes(manifest if isinstance(manifest, bytes) else manifest.encode())
+    arguments = ["--projector_model_path", "good.safetensors", "--data_path", "m.jsonl"]
+    message = fail(recognize.main, [*arguments, "--result_path", "out.jsonl"])
+    assert re.search(MANIFESTS[manifest], message), message
+    assert not Path("out.jsonl").exists()
+
+
+MODELS = {
+    # flags of recognize.py -> its line
+    "--projector_model_path missing.safetensors": r"missing.safetensors: .*No such file",
+    "--projector_model_path folder": r"the projector folder: ",
+    "--projector_model_path a.wav": r"the projector a.wav: .*Error while deserializing header",
+    "--projector_model_path text.safetensors": r"text.safetensors: .*Error while deserial",
+    "--projector_model_path truncated.safetensors": r"truncated.safetensors: .*incomplete metadata",
+    "--projector_model_path newer.safetensors": r"newer.safetensors is for format '9', not '3'",
+    "--llm_model_name_or_path other": r"for llm_model_name_or_path '.*qwen', not 'other'",
+    "--whisper_model_name_or_path base": r"for whisper_model_name_or_path '.*tiny.pt', not 'base'",
+    "--num_beams 0": r"wanted 1 or more, got args.num_beams=\[0\]",
+    "--num_beams 3 -1": r"wanted 1 or more, got args.num_beams=\[3, -1\]",
+    "--batch_size 0": r"wanted 1 or more, .* args.batch_size=0",
+    "--result_path folder": r"Is a directory: .*'folder'",
+    "--result_path a.wav/out.jsonl": r"File exists: 'a.wav'",
+    "--data_path missing.jsonl": r"No such file or directory: 'missing.jsonl'",
+}
+
+
+@pytest.mark.parametrize("flags", MODELS)
+def test_bad_models_and_arguments_of_recognition_end_in_one_line(here, flags):
+    Path("m.jsonl").write_text(GOOD)
+    arguments = ["--projector_model_path", "good.safetensors", "--data_path", "m.jsonl"]
+    message = fail(recognize.main, [*arguments, "--result_path", "out.jsonl", *flags.split()])
+    assert re.search(MODELS[flags], message), message
+    assert not Path("out.jsonl").exists()
+
+
+TRAINING = {
+    # flags of train.py -> its line
+    "--whisper_model_name_or_path huge": rf"Model huge not found; {VALID}",
+    "--whisper_model_name_or_path missing.pt": rf"Model missing.pt not found; {VALID}",
+    "--whisper_model_name_or_path text.pt": r"cannot load .*text.pt",
+    "--whisper_model_name_or_path code.pt": r"Weights only load failed",
+    "--whisper_model_name_or_path code-zip.pt": r"Weights only load failed",
+    "--llm_model_name_or_path no/such": r"cannot load",
+    "--output_dir a.wav": r"File exists: 'a.wav'",
+    "--model_max_length 3": r"a.wav: --model_max_length 3 is less than 7",
+    "--stride -1": r"cannot load",
+    "--projector_model_path good.safetensors --stride 4": r"is for stride '5', not '4'",
+    "--data_path none.jsonl": r"No such file or directory: 'none.jsonl'",
+    "--eval_data_path bad.jsonl": r"bad.jsonl:1: .*\"txt\" a string, got None",
+}
+
+
+@pytest.mark.parametrize("flags", TRAINING)
+def test_bad_models_and_arguments_of_training_end_in_one_line(here, flags):
+    Path("m.jsonl").write_text(GOOD)
+    Path("bad.jsonl").write_text('{"wav": "a.wav"}')
+    arguments = ["--llm_model_name_or_path", here.paths.qwen, "--data_path", "m.jsonl"]
+    arguments += ["--whisper_model_name_or_path", here.paths.whisper, "--output_dir", "exp"]
+    arguments += ["--max_steps", "1", "--report_to", "none", *flags.split()]
+    message = fail(train.main, arguments)
+    assert re.search(TRAINING[flags], message), message
+    assert not Path("was-run").exists() and not list(Path().glob("exp/*"))
+
+
+def test_byte_order_marks_carriage_returns_and_duplicates_are_no_faults(here):
+    Path("m.jsonl").write_bytes(f"\ufeff{GOOD}\r\n{GOOD}\r\n\r\n".encode())
+    assert [row["txt"] for row in read_manifest(["m.jsonl"])] == ["go", "go"]
+
+
+def mutate(content: bytes, rng: random.Random) -> bytes:
+    """One to six random changes, most of them near the beginning, where headers are."""
+    for _ in range(rng.randint(1, 6)):
+        place = rng.randrange(max(1, min(len(content), rng.choice([60, len(content)]))))
+        junk = bytes(rng.randrange(256) for _ in range(rng.randint(0, 8)))
+        end = place + rng.choice([0, 1, rng.randint(1, 30), len(content)])
+        content = content[:place] + junk + content[end:]
+    return content
+
+
+@pytest.mark.parametrize("name, count", [("jsonl", 600), ("safetensors", 200), ("audio", 1200)])
+def test_damaged_files_end_in_our_error_or_are_read(here, name, count):
+    rng, outcomes = random.Random(0), {"read": 0, "refused": 0}
+    tone = 0.3 * np.sin(np.arange(16_000) / 20)
+    for suffix, kind in {"wav": None, "flac": None, "mp3": None, "ogg": "OPUS"}.items():
+        soundfile.write(f"tone.{suffix}", tone, 16_000, subtype=kind)
+    Path("good.jsonl").write_text(f"{GOOD}\n" * 3)
+    audio = [f"tone.{suffix}" for suffix in ("wav", "flac", "mp3", "ogg")]
+    readers = {"audio": load_audio, "jsonl": lambda path: read_manifest([path])}
+    read = readers.get(name, model.load)
+    for _ in range(count):
+        source = Path(rng.choice(audio) if name == "audio" else f"good.{name}")
+        path = Path(f"damaged{source.suffix}")
+        path.write_bytes(mutate(source.read_bytes(), rng))
+        try:
+            read(str(path))
+            outcomes["read"] += 1
+        except model.InputError:
+            outcomes["refused"] += 1
+    print(name, outcomes)
+    assert sum(outcomes.values()) == count and outcomes["refused"] > count / 4
