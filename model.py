@@ -5,6 +5,7 @@ second), E encoder positions (50 a second), C encoder width, A audio positions (
 width, T tokens.
 """
 
+import time
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def run(main) -> None:
     """Call a command's main; InputError, also a data worker's, and the system's become one line."""
     try:
         main()
-        PartialState().destroy_process_group()  # or gloo's threads abort the exit
+        # gloo's threads need the interpreter to let their last tensor go, or abort the exit
+        time.sleep(PartialState().num_processes > 1)
     except (InputError, OSError, torch.distributed.DistError) as error:
         raise SystemExit(f"error: {str(error).rsplit('InputError: ', 1)[-1].strip()}") from None
 

@@ -48,8 +48,8 @@ def by_length(rows: list[dict], size: int, seed: int) -> list[dict]:
     draw = random.Random(seed)
     rows = sorted(rows, key=lambda row: row["_size"] * draw.uniform(0.95, 1.05))
     batches = [rows[i : i + size] for i in range(0, len(rows), size)]
-    batches.sort(key=lambda batch: (len(batch) < size, draw.random()))  # the last may be short
-    return [row for batch in batches for row in batch]
+    # at random, but last the one that may be short
+    return [x for b in sorted(batches, key=lambda b: (len(b) < size, draw.random())) for x in b]
 
 
 class ProjectorTrainer(transformers.Trainer):

@@ -531,9 +531,7 @@ def test_a_projector_of_other_sizes_is_refused(paths, tmp_path):
     path = str(tmp_path / "model.safetensors")
     load_tiny(paths).save_projector(path)
     wide = str(tiny.make_whisper(tmp_path / "tiny.pt", width=48))
-    with pytest.raises(
-        InputError, match=r"(?s)or the projector.*mismatch for projector.conv"
-    ):
+    with pytest.raises(InputError, match=r"(?s)or the projector.*mismatch for projector.conv"):
         load(path, whisper_model_name_or_path=wide)
 
 
