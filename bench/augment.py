@@ -8,7 +8,7 @@
 `lower` makes transcripts lower-case without punctuation. `speed` copies utterances faster or
 slower, and so higher or lower. `write` lets the LLM write short sentences around words of its own
 vocabulary, and `speak` lets the demo's offline voice say them, and some numbers, at different
-speeds and pitches with a little noise. The last two end in FOLDER/manifest.jsonl. A fixed seed.
+speeds and pitches with a little noise. `speed` and `speak` end in FOLDER/manifest.jsonl.
 """
 
 import json
@@ -48,7 +48,9 @@ def plain(text: str) -> str:
 
 
 def manifest(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    part = path.with_name(f"{path.name}.part")
+    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    part.replace(path)
     print(f"{path}: {len(rows)} utterances")
 
 

@@ -4,10 +4,10 @@
         --result_path native.jsonl [--language en] [--beside ours.jsonl ...]
 
 writes a hypothesis a line, as recognize.py does, and prints bench/score.py's table of this result
-and of those beside it. Audio over 30 s goes through Whisper's `transcribe`, window by window.
+and of those beside it, which get the keys that it adds. Audio goes through Whisper's `decode`, and
+over 30 s through its `transcribe`, window by window.
 """
 
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from whisper.audio import N_SAMPLES, SAMPLE_RATE
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from score import show
+from score import show, write
 
 from data import load_audio, read_manifest
 from model import run
@@ -41,6 +41,9 @@ class Arguments:
 def main(argv: list[str] | None = None) -> None:
     [args] = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
     rows = read_manifest(args.data_path, default="")
+    part = Path(f"{args.result_path}.part")  # if it cannot be written, then before the work
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.touch()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = whisper.load_model(args.whisper_model_name_or_path, device)
     beams = args.num_beams if args.num_beams > 1 else None
@@ -56,13 +59,10 @@ def main(argv: list[str] | None = None) -> None:
         decoding = whisper.DecodingOptions(**options, without_timestamps=True)
         row["hyp"] = model.decode(mel.to(device), decoding).text.strip()
     seconds, duration = time.perf_counter() - start, sum(row["duration"] for row in rows)
-    public = [{key: row[key] for key in row if key[0] != "_"} for row in rows]
-    lines = [json.dumps(row, ensure_ascii=False) for row in public]
-    path = Path(args.result_path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    write(rows, args.result_path)
     print(f"{len(rows)} utterances, {seconds:.1f} s, RTF {seconds / duration:.3f}")
-    show([args.result_path, *args.beside])
+    if any("txt" in row for row in rows):
+        show([args.result_path, *args.beside])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python bench/plot.py curves.png exp/tiny exp/base:128
     python bench/plot.py beams.png table.md
 
-For folders that train.py wrote, or copies of their trainer_state.json, it draws loss and listening
+For folders that train.py wrote, or others with its trainer_state.json, it draws loss and listening
 gap over the utterances seen, and WER where bench/ablate.py left its curve.md beside. Behind the
 colon are the utterances of a step, where these are more than one process's batch. A file is the
 table that recognize.py printed for several beams. Needs bench/requirements.txt.
@@ -23,7 +23,7 @@ WIDTH, HEIGHT = 10, 3.4  # inches, at 100 dots each: as wide as a README
 
 
 def table(path: Path) -> list[dict[str, str]]:
-    """The rows of the markdown tables in a file, by their heads."""
+    """The rows of the one markdown table in a file, by their heads."""
     lines = [x.strip("| ").split("|") for x in path.read_text().splitlines() if "|" in x]
     heads, _, *rows = [[cell.strip() for cell in line] for line in lines]
     return [dict(zip(heads, row)) for row in rows]

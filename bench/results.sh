@@ -6,8 +6,9 @@
 # from the repository's root, after demo/run.sh, whose LLM and voice it uses. About two hours on two
 # cores. The corpus, two copies of it at other speeds and 12,000 sentences that the LLM writes and a
 # voice speaks are trained on; DEV is decoded with beams of 1 to 10, and by Whisper's own decoder.
-# What is there already is not made again.
+# Speech, sentences and projectors that are there already are not made again.
 set -euo pipefail
+source demo/environment.sh requirements.txt demo/requirements.txt bench/requirements.txt
 train=$1 dev=$2 whisper=$3 out=$4 seed=${5:-42}
 python=.venv/bin/python
 llm=demo/models/SmolLM2-135M-Instruct

@@ -25,11 +25,11 @@ import recognize
 from model import InputError, run
 
 NORMALIZERS = {"english": EnglishTextNormalizer(), "basic": BasicTextNormalizer(), "none": str}
-# what a chat says of audio that it does not hear: it speaks of the audio, or of itself
+# what a chat says of audio that it does not hear: it excuses itself, or speaks of audio or itself
 REFUSAL = re.compile(
     r"\b(no|any) (speech|audio)\b|\bas an? (ai|language)\b|\b(ai assistant|language model)\b"
-    r"|\bi apologi[sz]e\b|\b(i'm|i am) sorry,? but\b"
-    r"|\b(cannot|can't|unable to) (hear|listen|transcribe|repeat)\b"
+    r"|\bi apologi[sz]e,? but\b|\b(i'm|i am) sorry,? but i (cannot|can't)\b"
+    r"|\b(cannot|can't|unable to) (listen|transcribe)\b"
 )
 LOOP = re.compile(r"(.{2,60}?)\1{4}")  # the same 2 to 60 characters five times in a row
 FASTEST = 25  # characters a second, of which a fast speaker of English says 20
@@ -56,9 +56,8 @@ def hallucination(row: dict) -> str | None:
 def read(path: str) -> list[dict]:
     """The rows of a result."""
     try:
-        rows = [
-            json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]
-        ]
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines if line.strip()]
         if not all(isinstance(row["hyp"], str) for row in rows):
             raise ValueError("hyp must be a string")
     except (KeyError, TypeError, ValueError) as error:
@@ -66,6 +65,15 @@ def read(path: str) -> list[dict]:
             f"{path}: wanted JSONL with hyp, as recognize.py writes: {error!r}"
         ) from error
     return rows
+
+
+def write(rows: list[dict], path: str) -> None:
+    """A line for each row, less its keys that begin with _, as recognize.py does."""
+    public = [{key: row[key] for key in row if key[0] != "_"} for row in rows]
+    lines = [json.dumps(row, ensure_ascii=False) for row in public]
+    part = Path(f"{path}.part")
+    part.write_text("\n".join([*lines, ""]), encoding="utf-8", errors="replace")
+    part.replace(path)
 
 
 def normalizer(texts: list[str], metric: str | None, name: str | None):
@@ -81,6 +89,8 @@ def score(path: str, metric: str | None, name: str | None) -> tuple[dict, list[d
     """The cells of a result by their heads, and the rows dropped; rates go into the file."""
     rows = read(path)
     scored = [row for row in rows if "txt" in row]
+    if not scored:
+        raise InputError(f"{path}: no line has a transcript, txt")
     metric, norm = normalizer([row["txt"] for row in scored], metric, name)
 
     def rate(rows: list[dict]) -> str:
@@ -89,13 +99,13 @@ def score(path: str, metric: str | None, name: str | None) -> tuple[dict, list[d
     for row in scored:
         row |= {"rate": float(rate([row])), "hallucination": hallucination(row)}
     kept = [row for row in scored if not row["hallucination"]]
-    part = Path(f"{path}.part")
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    part.write_text("\n".join([*lines, ""]), encoding="utf-8", errors="replace")
-    part.replace(path)
+    write(rows, path)
     _, *edits = recognize.score(scored, norm).items()
     cells = {"result": path, f"{metric} %": rate(scored), **dict(edits)}
-    cells |= {f"{metric} % filtered": rate(kept), "dropped": f"{len(scored) - len(kept)}"}
+    cells |= {
+        f"{metric} % filtered": rate(kept) if kept else "-",
+        "dropped": f"{len(scored) - len(kept)}",
+    }
     return cells | {"utterances": len(scored)}, [row for row in scored if row["hallucination"]]
 
 
@@ -103,6 +113,8 @@ def show(paths: list[str], metric: str | None = None, name: str | None = None) -
     """Print the table of results, and what was dropped from them."""
     results = [score(path, metric, name) for path in paths]
     first = results[0][0]
+    if any(cells.keys() != first.keys() for cells, _ in results):
+        raise InputError("some results call for WER and some for CER: choose by --metric")
     for cells in [first, ["---"] * len(first), *(cells.values() for cells, _ in results)]:
         print("|", " | ".join(map(str, cells)), "|")
     for cells, dropped in results:

@@ -8,7 +8,7 @@ LibriSpeech has SPEAKER/CHAPTER/*.flac with a *.trans.txt beside them; AISHELL-1
 wav/{train,dev,test}/SPEAKER/*.wav and transcript/aishell_transcript_v0.8.txt; a Kaldi folder has
 wav.scp and text, of which only plain files are read, not commands or segments. Paths in the
 manifest are absolute. LibriSpeech's UPPER CASE becomes lower case, as the LLM has many short tokens
-for the other; `lower` does so for a Kaldi folder. Utterances that lack audio or text are counted.
+for the other; `lower` does so for a Kaldi folder. Files without text are counted, and texts alone.
 """
 
 import json
@@ -20,7 +20,7 @@ USAGE = "usage: python demo/prepare.py librispeech|aishell|kaldi FOLDER [PART] O
 
 def pairs(path: Path) -> dict[str, str]:
     """The lines of a file, `KEY something`, by their keys."""
-    lines = [line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").split("\n")]
     return {line[0]: line[1].strip() for line in lines if len(line) == 2}
 
 
@@ -84,6 +84,8 @@ def main(kind: str, folder: str, *rest: str) -> None:
                 raise ValueError
         else:
             raise ValueError
+    except UnicodeDecodeError as error:
+        sys.exit(f"{folder}: a text in it is not UTF-8: {error}")
     except ValueError:
         sys.exit(USAGE)
     except OSError as error:

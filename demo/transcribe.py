@@ -4,7 +4,7 @@
         folder/
 
 prints `path<TAB>text` for each file, and for each audio file in a folder. Audio over 30 s is cut
-where it is quietest, and each piece recognised alone.
+where it is quietest, in pieces of at most 10 s, and each of them is recognised alone.
 """
 
 import sys
@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import soundfile
 import torch
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg, HfArgumentParser
@@ -23,8 +22,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from data import SAMPLES_PER_POSITION, load_audio, log_mel
 from model import InputError, SpeechLLM, load, run
 
-SUFFIXES = {f".{name.lower()}" for name in [*soundfile.available_formats(), "opus"]}
+SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif"}
+PIECE = 10 * SAMPLE_RATE  # samples, at most, of the pieces of audio over 30 s
 QUIET = SAMPLE_RATE // 5  # samples, over which the loudness is measured
+GROUP = 100  # files whose texts are printed at once
 
 
 @dataclass
@@ -39,13 +40,14 @@ class Arguments:
 
 
 def split(audio: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Audio (S,) in pieces of at most 30 s; each cut is in the quietest 0.2 s after its first half.
+    """Audio over 30 s (S,) in pieces of at most PIECE, cut in the quietest 0.2 s of second halves.
 
     Nothing is lost: the pieces, joined, are the audio.
     """
-    while len(audio) > N_SAMPLES:
-        half = N_SAMPLES // 2
-        windows = audio[half:N_SAMPLES].square().unfold(0, QUIET, QUIET // 2)
+    longest, half = N_SAMPLES, PIECE // 2
+    while len(audio) > longest:
+        longest = PIECE
+        windows = audio[half:PIECE].square().unfold(0, QUIET, QUIET // 2)
         end = half + QUIET // 2 * (int(windows.sum(1).argmin()) + 1)
         yield audio[:end]
         audio = audio[end:]
@@ -73,8 +75,10 @@ def transcribe(
         tokens = model.generate(num_beams, **batch)
         for j, text in zip(places, model.tokenizer.batch_decode(tokens, skip_special_tokens=True)):
             texts[j] = text
-    joined = [" ".join(x for (k, _), x in zip(pieces, texts) if k == i) for i in range(len(audios))]
-    return [" ".join(text.split()) for text in joined]
+    joined = [""] * len(audios)
+    for (i, _), text in zip(pieces, texts):
+        joined[i] = " ".join(f"{joined[i]} {text}".split())
+    return joined
 
 
 def find(paths: list[str]) -> list[str]:
@@ -82,8 +86,11 @@ def find(paths: list[str]) -> list[str]:
     for path in map(Path, paths):
         if not path.exists():
             raise InputError(f"--wav {path}: there is no such file or folder")
-    found = [x for p in map(Path, paths) for x in (sorted(p.rglob("*")) if p.is_dir() else [p])]
-    files = [str(x) for x in found if str(x) in paths or x.suffix.lower() in SUFFIXES]
+    files = []
+    for path in map(Path, paths):
+        inside = [x for x in sorted(path.rglob("*")) if x.is_file()] if path.is_dir() else []
+        files += [str(x) for x in inside if x.suffix.lower() in SUFFIXES] or [str(path)]
+    files = [file for file in files if Path(file).is_file()]
     if not files:
         raise InputError(f"--wav {' '.join(paths)}: no audio file in it")
     return files
@@ -91,11 +98,15 @@ def find(paths: list[str]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     [args] = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
+    if min(args.num_beams, args.batch_size) < 1:
+        raise InputError(f"wanted 1 or more, got {args.num_beams=}, {args.batch_size=}")
     files = find(args.wav)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     model = load(**vars(args)).to(device)
-    for file, text in zip(files, transcribe(model, files, args.num_beams, args.batch_size)):
-        print(f"{file}\t{text}")
+    for start in range(0, len(files), GROUP):
+        group = files[start : start + GROUP]
+        for file, text in zip(group, transcribe(model, group, args.num_beams, args.batch_size)):
+            print(f"{file}\t{text}", flush=True)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,8 @@ def test_dropped_hypotheses_are_counted_and_shown_and_rates_are_kept(tmp_path, c
     [
         ("I'm an AI language model", "refusal"),
         ("As an AI, I cannot hear audio.", "refusal"),
-        ("I am sorry, but that is not clear", "refusal"),
+        ("I am sorry, but I cannot make that out", "refusal"),
+        ("i am sorry but i have to go", None),
         ("he said i am sorry", None),
         ("there is an apology in the speech", None),
         ("no no no no", None),
