@@ -102,11 +102,9 @@ def score(path: str, metric: str | None, name: str | None) -> tuple[dict, list[d
     write(rows, path)
     _, *edits = recognize.score(scored, norm).items()
     cells = {"result": path, f"{metric} %": rate(scored), **dict(edits)}
-    cells |= {
-        f"{metric} % filtered": rate(kept) if kept else "-",
-        "dropped": f"{len(scored) - len(kept)}",
-    }
-    return cells | {"utterances": len(scored)}, [row for row in scored if row["hallucination"]]
+    cells[f"{metric} % filtered"] = rate(kept) if kept else "-"
+    cells |= {"dropped": len(scored) - len(kept), "utterances": len(scored)}
+    return cells, [row for row in scored if row["hallucination"]]
 
 
 def show(paths: list[str], metric: str | None = None, name: str | None = None) -> None:
