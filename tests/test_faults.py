@@ -28,7 +28,6 @@ VALID = r"available models = \['tiny.en', 'tiny'"
 def here(paths, projector, tmp_path, monkeypatch):
     """A folder to work in, with a.wav and what the cases name."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     tiny.make_sound(tmp_path / "a.wav", 0.4, 300)
     whole = (tmp_path / "a.wav").read_bytes()
     for name, content in {"zero": b"", "cut": whole[:30], "text": b"hello"}.items():
@@ -135,7 +134,7 @@ TRAINING = {
     "--whisper_model_name_or_path text.pt": r"cannot load .*text.pt",
     "--whisper_model_name_or_path code.pt": r"Weights only load failed",
     "--whisper_model_name_or_path code-zip.pt": r"Weights only load failed",
-    "--llm_model_name_or_path no/such": r"cannot load",
+    "--llm_model_name_or_path no/such/model": r"cannot load",
     "--output_dir a.wav": r"File exists: 'a.wav'",
     "--model_max_length 3": r"a.wav: --model_max_length 3 is less than 7",
     "--stride -1": r"cannot load",
