@@ -13,11 +13,13 @@ mkdir -p "$out"
 
 .venv/bin/python - "$train" "$dev" "$out" << 'END'
 import json
-import re
 import sys
 from pathlib import Path
 
 import soundfile
+
+sys.path.insert(0, "bench")
+from augment import plain
 
 *manifests, out = map(Path, sys.argv[1:])
 # every fifth utterance of dev
@@ -30,7 +32,7 @@ for manifest, name, share, most in zip(manifests, ("train", "dev"), (1, 5), (5, 
             if soundfile.info(row["wav"]).duration > most:
                 continue
             print(json.dumps(row), file=a)
-            row["txt"] = " ".join(re.sub("[^a-z' ]", " ", row["txt"].lower()).split())
+            row["txt"] = plain(row["txt"])
             print(json.dumps(row), file=b)
 END
 

@@ -11,7 +11,6 @@ vocabulary, and `speak` lets the demo's offline voice say them, and some numbers
 speeds and pitches with a little noise. `speed` and `speak` end in FOLDER/manifest.jsonl.
 """
 
-import json
 import random
 import re
 import sys
@@ -25,6 +24,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import score
 
 from data import SAMPLE_RATE, load_audio, read_manifest
 
@@ -48,9 +49,7 @@ def plain(text: str) -> str:
 
 
 def manifest(path: Path, rows: list[dict]) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    part.replace(path)
+    score.write(rows, str(path))
     print(f"{path}: {len(rows)} utterances")
 
 

@@ -100,8 +100,8 @@ def score(path: str, metric: str | None, name: str | None) -> tuple[dict, list[d
         row |= {"rate": float(rate([row])), "hallucination": hallucination(row)}
     kept = [row for row in scored if not row["hallucination"]]
     write(rows, path)
-    _, *edits = recognize.score(scored, norm).items()
-    cells = {"result": path, f"{metric} %": rate(scored), **dict(edits)}
+    (_, total), *edits = recognize.score(scored, norm).items()
+    cells = {"result": path, f"{metric} %": total, **dict(edits)}
     cells[f"{metric} % filtered"] = rate(kept) if kept else "-"
     cells |= {"dropped": len(scored) - len(kept), "utterances": len(scored)}
     return cells, [row for row in scored if row["hallucination"]]

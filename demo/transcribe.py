@@ -83,14 +83,12 @@ def transcribe(
 
 def find(paths: list[str]) -> list[str]:
     """Files as they are, and the audio files in folders, in order."""
+    files = []
     for path in map(Path, paths):
         if not path.exists():
             raise InputError(f"--wav {path}: there is no such file or folder")
-    files = []
-    for path in map(Path, paths):
-        inside = [x for x in sorted(path.rglob("*")) if x.is_file()] if path.is_dir() else []
-        files += [str(x) for x in inside if x.suffix.lower() in SUFFIXES] or [str(path)]
-    files = [file for file in files if Path(file).is_file()]
+        inside = (x for x in sorted(path.rglob("*")) if x.suffix.lower() in SUFFIXES)
+        files += [str(x) for x in inside if x.is_file()] if path.is_dir() else [str(path)]
     if not files:
         raise InputError(f"--wav {' '.join(paths)}: no audio file in it")
     return files

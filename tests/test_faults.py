@@ -67,6 +67,14 @@ def fail(main, arguments):
     return message
 
 
+def refuse(*flags):
+    """The line with which recognition of m.jsonl ends, without a result."""
+    arguments = ["--projector_model_path", "good.safetensors", "--data_path", "m.jsonl"]
+    message = fail(recognize.main, [*arguments, "--result_path", "out.jsonl", *flags])
+    assert not Path("out.jsonl").exists()
+    return message
+
+
 MANIFESTS = {
     "{": r"m.jsonl:1: Expecting property name",
     "[1]": r"m.jsonl:1: .* in b'\[1\]'",
@@ -93,10 +101,8 @@ MANIFESTS = {
 @pytest.mark.parametrize("manifest", MANIFESTS)
 def test_a_bad_manifest_or_its_audio_is_named(here, manifest):
     Path("m.jsonl").write_bytes(manifest if isinstance(manifest, bytes) else manifest.encode())
-    arguments = ["--projector_model_path", "good.safetensors", "--data_path", "m.jsonl"]
-    message = fail(recognize.main, [*arguments, "--result_path", "out.jsonl"])
+    message = refuse()
     assert re.search(MANIFESTS[manifest], message), message
-    assert not Path("out.jsonl").exists()
 
 
 MODELS = {
@@ -121,10 +127,8 @@ MODELS = {
 @pytest.mark.parametrize("flags", MODELS)
 def test_bad_models_and_arguments_of_recognition_end_in_one_line(here, flags):
     Path("m.jsonl").write_text(GOOD)
-    arguments = ["--projector_model_path", "good.safetensors", "--data_path", "m.jsonl"]
-    message = fail(recognize.main, [*arguments, "--result_path", "out.jsonl", *flags.split()])
+    message = refuse(*flags.split())
     assert re.search(MODELS[flags], message), message
-    assert not Path("out.jsonl").exists()
 
 
 TRAINING = {
