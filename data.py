@@ -13,7 +13,7 @@ import soxr
 import torch
 from whisper.audio import HOP_LENGTH, N_SAMPLES, SAMPLE_RATE, log_mel_spectrogram, pad_or_trim
 
-from model import IGNORE, InputError, encode
+from model import IGNORE, encode
 
 SAMPLES_PER_POSITION = 2 * HOP_LENGTH  # the second convolution of Whisper's encoder has stride 2
 SILENCE = SAMPLE_RATE // 2  # samples; windows under 30 s are multiples, one at least being silence
@@ -22,26 +22,23 @@ SILENCE = SAMPLE_RATE // 2  # samples; windows under 30 s are multiples, one at 
 def read_manifest(paths: list[str], default: str | None = None) -> list[dict]:
     """All utterances of the manifests in order, with `_path` and `_size` (bytes) of their audio.
 
-    A relative `wav` is relative to its manifest. InputError with file:line for a bad line, and for
-    one without `txt` where `default`, what to check in its place, is None.
+    A relative `wav` is relative to its manifest. ValueError that counts the bad lines, and has the
+    first ten by file:line. `txt` may be missing or empty only where `default` is "", not None.
     """
     lines = ((p, i, x) for p in paths for i, x in enumerate(Path(p).read_bytes().split(b"\n"), 1))
-    rows = [parse_line(x, Path(p), i, default) for p, i, x in lines if x.strip()]
-    if not rows:
-        raise InputError(f"{', '.join(paths)}: no utterance in it; wanted JSONL lines")
+    rows, bad = [], []
+    for manifest, number, line in (x for x in lines if x[2].strip()):
+        try:
+            row = dict(json.loads(line))
+            wav, text = Path(manifest).parent / str(row.get("wav")), row.get("txt", default)
+            if not (wav.is_file() and isinstance(text, str) and (text.strip() or text == default)):
+                raise ValueError(f'"wav" must be a file, got {wav}, and "txt" text, got {text!r}')
+            rows.append({**row, "_path": str(wav), "_size": wav.stat().st_size, "_txt": text})
+        except (OSError, TypeError, ValueError) as error:  # TypeError from an array
+            bad.append(f"{manifest}:{number}: {error}, in {line[:80]!r}")
+    if bad or not rows:
+        raise ValueError("\n".join([f"{paths}: {len(rows)} good lines, {len(bad)} bad", *bad[:10]]))
     return rows
-
-
-def parse_line(line: bytes, manifest: Path, number: int, default: str | None) -> dict:
-    """One utterance of a manifest; `number` is the line's, for its InputError."""
-    try:
-        row = dict(json.loads(line))
-        path, text = manifest.parent / str(row.get("wav")), row.get("txt", default)
-        if not (path.is_file() and isinstance(text, str)):
-            raise ValueError(f'"wav" must be a file, got {path}, and "txt" a string, got {text!r}')
-    except (TypeError, ValueError) as error:  # the first from an array, ValueError from all else
-        raise InputError(f"{manifest}:{number}: {error}, in {line[:80]!r}") from error
-    return {**row, "_path": str(path), "_size": path.stat().st_size, "_txt": text}
 
 
 def load_audio(path: str):
@@ -49,10 +46,10 @@ def load_audio(path: str):
     try:
         audio, rate = soundfile.read(path, dtype="float32", always_2d=True)  # (S, channels)
     except (soundfile.LibsndfileError, MemoryError) as error:  # a header may lie about the size
-        raise InputError(f"{path}: cannot be decoded as audio: {error}") from error
+        raise ValueError(f"{path}: cannot be decoded as audio: {error}") from error
     audio = soxr.resample(audio.mean(axis=1), rate, SAMPLE_RATE)
     if not (len(audio) and abs(audio).max() < float("inf")):  # NaN is not less
-        raise InputError(f"{path}: holds no audio, or samples that are no numbers")
+        raise ValueError(f"{path}: holds no audio, or samples that are no numbers")
     return audio
 
 
@@ -70,7 +67,7 @@ def log_mel(audio, n_mels: int) -> torch.Tensor:
 def collate(rows, tokenizer, end_id, n_mels, stride, max_length=float("inf")) -> dict:
     """Rows of `read_manifest` -> a batch for SpeechLLM, of which decoding ignores the answers.
 
-    InputError where audio and answer of a row need more than `max_length` positions.
+    ValueError where audio and answer of a row need more than `max_length` positions.
     """
     audios = [load_audio(row["_path"]) for row in rows]
     lengths = torch.tensor([-(-len(audio) // SAMPLES_PER_POSITION) for audio in audios])
@@ -78,7 +75,7 @@ def collate(rows, tokenizer, end_id, n_mels, stride, max_length=float("inf")) ->
     answers = [torch.tensor([IGNORE, *encode(tokenizer, x["_txt"]), end_id]) for x in rows]
     for row, length, answer in zip(rows, lengths, answers):
         if (size := -(-length // stride) + len(answer) - 1) > max_length:
-            raise InputError(f"{row['_path']}: --model_max_length {max_length} is less than {size}")
+            raise ValueError(f"{row['_path']}: --model_max_length {max_length} is less than {size}")
     # the lengths first, as the Trainer takes B from them
     batch = {"encoder_lengths": lengths, "mel": [log_mel(audio, n_mels) for audio in audios]}
     batch["labels"] = torch.nn.utils.rnn.pad_sequence(answers, True, IGNORE, "left")

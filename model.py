@@ -30,18 +30,18 @@ PLACEHOLDER = "<|speech-goes-here|>"  # is rendered by the chat template, never 
 IGNORE = -100  # the label of a position without loss, as in transformers and torch
 
 
-class InputError(ValueError):
-    """What a user can cause and mend."""
-
-
 def run(main) -> None:
-    """Call a command's main; InputError, also a data worker's, and the system's become one line."""
+    """Call a command's main; what users cause, in a data worker, too, becomes a message.
+
+    That is ValueError, ours and the libraries', what the system or another process refuses, and
+    Ctrl-C.
+    """
     try:
         main()
         # gloo's threads need the interpreter to let their last tensor go, or abort the exit
         time.sleep(PartialState().num_processes > 1)
-    except (InputError, OSError, torch.distributed.DistError) as error:
-        raise SystemExit(f"error: {str(error).rsplit('InputError: ', 1)[-1].strip()}") from None
+    except (ValueError, OSError, torch.distributed.DistError, KeyboardInterrupt) as error:
+        raise SystemExit(f"error: {str(error).split('ValueError: ')[-1] or repr(error)}") from None
 
 
 def encode(tokenizer, text: str) -> list[int]:
@@ -232,18 +232,17 @@ def load(projector_model_path=None, bf16=False, **given):
 
     Of a command's arguments, `given`, these count: llm_model_name_or_path (for transformers' Auto
     classes), whisper_model_name_or_path (a name of openai-whisper's or a .pt file), stride and
-    prompt. What is missing or None is the projector file's, or else the default. InputError where
+    prompt. What is missing or None is the projector file's, or else the default. ValueError where
     they differ; but a model may have moved: the last part of its path must be the same.
     """
     path, dtype = projector_model_path, torch.bfloat16 if bf16 else torch.float32
-    known = {*DEFAULTS, "llm_model_name_or_path", "whisper_model_name_or_path"}
-    given = {key: str(given[key]) for key in known & given.keys() if given[key] is not None}
+    given = {k: str(x) for k, x in given.items() if x and ("_name_or_path" in k or k in DEFAULTS)}
     try:
         saved = (safe_open(path, "pt").metadata() or {}) if path else {}
         for key, value in {"format": DEFAULTS["format"], **given}.items():
             part = (lambda x: Path(x).name.removesuffix(".pt")) if "path" in key else str
             if path and part(saved.get(key, "")) != part(value):
-                raise InputError(f"{path} is for {key} {saved.get(key)!r}, not {value!r}")
+                raise ValueError(f"{path} is for {key} {saved.get(key)!r}, not {value!r}")
         settings = {**DEFAULTS, **saved, **given}
         with PartialState().local_main_process_first():  # one process downloads
             encoder = whisper.load_model(settings["whisper_model_name_or_path"], "cpu").encoder
@@ -253,5 +252,5 @@ def load(projector_model_path=None, bf16=False, **given):
         if path:
             nn.ModuleDict({"projector": model.projector}).load_state_dict(load_file(path))
     except Exception as error:
-        raise InputError(f"cannot load {given}, or the projector {path}: {error!r}") from error
+        raise ValueError(f"cannot load {given}, or the projector {path}: {error!r}") from error
     return model

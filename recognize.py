@@ -8,21 +8,19 @@ table of WER, or CER for Chinese and Japanese, of the utterances that have a tra
 """
 
 import json
-import re
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import accelerate
 import jiwer
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import tqdm
 from transformers.hf_argparser import HfArg, HfArgumentParser
 from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 
 from data import SAMPLE_RATE, SAMPLES_PER_POSITION, collate, read_manifest
-from model import InputError, load, run
+from model import load, run
 
 
 @dataclass
@@ -42,10 +40,10 @@ def recognize(model, rows: list[dict], batch_size: int, num_beams: int):
 
     Several processes share the batches out, and each of them yields all rows.
     """
-    rows, accelerator = sorted(rows, key=lambda row: -row["_size"]), Accelerator()
+    rows, accelerator = sorted(rows, key=lambda row: -row["_size"]), accelerate.Accelerator()
     collator, pending = partial(collate, **model.collation), iter(rows)
     loader = torch.utils.data.DataLoader(rows, batch_size, collate_fn=collator, num_workers=2)
-    for batch in tqdm(accelerator.prepare(loader)):
+    for batch in accelerate.utils.tqdm(accelerator.prepare(loader)):
         texts = model.tokenizer.batch_decode(model.generate(num_beams, **batch), True)
         found = zip(texts, (batch["encoder_lengths"] * SAMPLES_PER_POSITION / SAMPLE_RATE).tolist())
         for (text, seconds), row in zip(accelerator.gather_for_metrics([*found], True), pending):
@@ -61,8 +59,8 @@ def score(rows: list[dict], norm=None) -> dict:
     `norm`, text -> text, is to put a space between any two words.
     """
     text = "".join(row["txt"] for row in rows)
-    # kana and Chinese characters, which are written without word boundaries
-    cer = len(re.findall("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]", text)) > len(text) / 2
+    # kana to Chinese characters, which are written without word boundaries
+    cer = sum("\u3040" <= x <= "\u9fff" or "\uf900" <= x <= "\ufaff" for x in text) > len(text) / 2
     english = sum(character.isascii() for character in text) > 0.99 * len(text)
     norm = norm or (EnglishTextNormalizer() if english else BasicTextNormalizer(False, cer))
     out = jiwer.process_words(*([norm(row[side]) for row in rows] for side in ("txt", "hyp")))
@@ -73,12 +71,11 @@ def score(rows: list[dict], norm=None) -> dict:
 def main(argv: list[str] | None = None) -> None:
     [args] = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
     if min(args.batch_size, *args.num_beams) < 1:
-        raise InputError(f"wanted 1 or more, got {args.num_beams=}, {args.batch_size=}")
-    rows, table = read_manifest(args.data_path, default=""), []
-    state, path = PartialState(cpu=not torch.accelerator.is_available()), Path(args.result_path)
+        raise ValueError(f"wanted 1 or more, got {args.num_beams=}, {args.batch_size=}")
+    rows, path, table = read_manifest(args.data_path, default=""), Path(args.result_path), []
+    state = accelerate.PartialState(cpu=not torch.accelerator.is_available())
     part = Path(f"{path}.part" if state.is_main_process else "/dev/null")
     part.parent.mkdir(parents=True, exist_ok=True)
-    part.touch()  # if it cannot be written, then before models load
     model = load(**vars(args)).to(state.device).eval().requires_grad_(False)
     for beams in args.num_beams:
         start = time.perf_counter()

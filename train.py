@@ -7,7 +7,6 @@ All arguments of the Hugging Face Trainer are understood. Started again with the
 goes on from the newest checkpoint in `output_dir`.
 """
 
-import os
 import random
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import transformers
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from data import collate, read_manifest
-from model import InputError, load, run
+from model import load, run
 
 
 @dataclass(kw_only=True)
@@ -62,6 +61,12 @@ class ProjectorTrainer(transformers.Trainer):
         alone = ctc and self.state.global_step < self.args.ctc_first * self.state.max_steps
         return super().compute_loss(model, inputs | {"ctc": ctc, "ctc_alone": alone}, **kwargs)
 
+    def _save_checkpoint(self, *args) -> None:
+        try:
+            super()._save_checkpoint(*args)
+        except (OSError, RuntimeError) as error:  # the second is torch's, of a full disk
+            raise ValueError(f"{self.args.output_dir}: cannot save, disk full? {error}") from error
+
     def _save_rng_state(self, output_dir: str) -> None:
         """Wait for all to have saved: trainer_state.json, which is next, means that it is whole."""
         super()._save_rng_state(output_dir)
@@ -75,9 +80,8 @@ class ProjectorTrainer(transformers.Trainer):
 
 def main(argv: list[str] | None = None) -> None:
     [args] = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(argv)
-    started = int(os.environ.get("WORLD_SIZE", args.deepspeed is None))  # ZeRO wants torchrun
-    if args.n_gpu > 1 or args.world_size != started:
-        raise InputError(f"wanted torchrun --nproc_per_node={args.n_gpu or 1}, got {started}")
+    if args.n_gpu > 1:
+        raise ValueError(f"wanted torchrun --nproc_per_node={args.n_gpu} train.py ...")
     if args.deepspeed:
         import deepspeed
 
@@ -87,6 +91,8 @@ def main(argv: list[str] | None = None) -> None:
         deepspeed.ops.__compatible_ops__ = {}  # gloo, and nothing to compile
         deepspeed.init_distributed("gloo" if args.use_cpu else None, auto_mpi_discovery=False)
     step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if step < 1 or args.stride == 0:
+        raise ValueError(f"wanted 1 or more, got {args.stride=} and {step} utterances a step")
     train_rows = by_length(read_manifest(args.data_path), step, args.data_seed or args.seed)
     eval_rows = read_manifest(args.eval_data_path) if args.eval_data_path else None
 
@@ -98,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
         found = [len([*Path(resume).glob(x)]) for x in ("rng_state*", "global_step*")]
         # with another set-up its optimizer's states would be lost
         if found != [args.world_size, bool(args.deepspeed)]:
-            raise InputError(f"{resume}: [processes, ZeRO] {found}; anew: --projector_model_path")
+            raise ValueError(f"{resume}: [processes, ZeRO] {found}; anew: --projector_model_path")
 
     transformers.set_seed(args.seed)  # for the projector's first weights
     model = load(**vars(args))

@@ -22,7 +22,7 @@ from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import recognize
-from model import InputError, run
+from model import run
 
 NORMALIZERS = {"english": EnglishTextNormalizer(), "basic": BasicTextNormalizer(), "none": str}
 # what a chat says of audio that it does not hear: it excuses itself, or speaks of audio or itself
@@ -61,7 +61,7 @@ def read(path: str) -> list[dict]:
         if not all(isinstance(row["hyp"], str) for row in rows):
             raise ValueError("hyp must be a string")
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
+        raise ValueError(
             f"{path}: wanted JSONL with hyp, as recognize.py writes: {error!r}"
         ) from error
     return rows
@@ -90,7 +90,7 @@ def score(path: str, metric: str | None, name: str | None) -> tuple[dict, list[d
     rows = read(path)
     scored = [row for row in rows if "txt" in row]
     if not scored:
-        raise InputError(f"{path}: no line has a transcript, txt")
+        raise ValueError(f"{path}: no line has a transcript, txt")
     metric, norm = normalizer([row["txt"] for row in scored], metric, name)
 
     def rate(rows: list[dict]) -> str:
@@ -112,7 +112,7 @@ def show(paths: list[str], metric: str | None = None, name: str | None = None) -
     results = [score(path, metric, name) for path in paths]
     first = results[0][0]
     if any(cells.keys() != first.keys() for cells, _ in results):
-        raise InputError("some results call for WER and some for CER: choose by --metric")
+        raise ValueError("some results call for WER and some for CER: choose by --metric")
     for cells in [first, ["---"] * len(first), *(cells.values() for cells, _ in results)]:
         print("|", " | ".join(map(str, cells)), "|")
     for cells, dropped in results:

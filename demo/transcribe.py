@@ -20,7 +20,7 @@ from whisper.audio import N_SAMPLES, SAMPLE_RATE
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data import SAMPLES_PER_POSITION, load_audio, log_mel
-from model import InputError, SpeechLLM, load, run
+from model import SpeechLLM, load, run
 
 SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif"}
 PIECE = 10 * SAMPLE_RATE  # samples, at most, of the pieces of audio over 30 s
@@ -86,18 +86,18 @@ def find(paths: list[str]) -> list[str]:
     files = []
     for path in map(Path, paths):
         if not path.exists():
-            raise InputError(f"--wav {path}: there is no such file or folder")
+            raise ValueError(f"--wav {path}: there is no such file or folder")
         inside = (x for x in sorted(path.rglob("*")) if x.suffix.lower() in SUFFIXES)
         files += [str(x) for x in inside if x.is_file()] if path.is_dir() else [str(path)]
     if not files:
-        raise InputError(f"--wav {' '.join(paths)}: no audio file in it")
+        raise ValueError(f"--wav {' '.join(paths)}: no audio file in it")
     return files
 
 
 def main(argv: list[str] | None = None) -> None:
     [args] = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
     if min(args.num_beams, args.batch_size) < 1:
-        raise InputError(f"wanted 1 or more, got {args.num_beams=}, {args.batch_size=}")
+        raise ValueError(f"wanted 1 or more, got {args.num_beams=}, {args.batch_size=}")
     files = find(args.wav)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     model = load(**vars(args)).to(device)

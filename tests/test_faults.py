@@ -82,20 +82,27 @@ MANIFESTS = {
     f"{GOOD}\n\n{{": r"m.jsonl:3: ",
     '{"txt": "x"}': r"m.jsonl:1: \"wav\" must be a file, got None",
     '{"wav": 3, "txt": "x"}': r"m.jsonl:1: \"wav\" must be a file, got 3",
-    '{"wav": "a.wav", "txt": 3}': r"m.jsonl:1: .*\"txt\" a string, got 3",
-    '{"wav": "a.wav", "txt": null}': r"m.jsonl:1: .*\"txt\" a string, got None",
+    '{"wav": "a.wav", "txt": 3}': r"m.jsonl:1: .*\"txt\" text, got 3",
+    '{"wav": "a.wav", "txt": null}': r"m.jsonl:1: .*\"txt\" text, got None",
     '{"wav": "b.wav", "txt": "x"}': r"m.jsonl:1: \"wav\" must be a file, got b.wav",
     '{"wav": "folder", "txt": "x"}': r"m.jsonl:1: \"wav\" must be a file, got folder",
     '{"wav": "fifo.wav", "txt": "x"}': r"m.jsonl:1: \"wav\" must be a file, got fifo.wav",
     b'{"wav": "a.wav", "txt": "caf\xe9"}': r"m.jsonl:1: 'utf-8' codec can't decode byte 0xe9",
-    "": r"m.jsonl: no utterance in it",
-    "\n \n": r"m.jsonl: no utterance in it",
+    "": r"m.jsonl.*: 0 good lines, 0 bad",
+    "\n \n": r"m.jsonl.*: 0 good lines, 0 bad",
     '{"wav": "zero.wav", "txt": "x"}': r"zero.wav: cannot be decoded as audio",
     '{"wav": "cut.wav", "txt": "x"}': r"cut.wav: cannot be decoded as audio",
     '{"wav": "text.wav", "txt": "x"}': r"text.wav: cannot be decoded as audio",
     '{"wav": "none.wav", "txt": "x"}': r"none.wav: holds no audio",
     '{"wav": "nan.wav", "txt": "x"}': r"nan.wav: holds no audio, or samples that are no numbers",
 }
+
+
+def test_all_bad_lines_are_counted_and_ten_are_named(here):
+    Path("m.jsonl").write_text(f"{GOOD}\n" + "{\n" * 12 + f"{GOOD}\n")
+    head, *named = refuse().splitlines()
+    assert head == "error: ['m.jsonl']: 2 good lines, 12 bad"
+    assert [line.split(" ")[0] for line in named] == [f"m.jsonl:{i}:" for i in range(2, 12)]
 
 
 @pytest.mark.parametrize("manifest", MANIFESTS)
@@ -142,9 +149,17 @@ TRAINING = {
     "--output_dir a.wav": r"File exists: 'a.wav'",
     "--model_max_length 3": r"a.wav: --model_max_length 3 is less than 7",
     "--stride -1": r"cannot load",
+    "--stride 0": r"wanted 1 or more, got args.stride=0 and 8 utterances a step",
+    "--per_device_train_batch_size 0": r"wanted 1 or more, .* and 0 utterances a step",
+    "--gradient_accumulation_steps 0": r"wanted 1 or more, .* and 0 utterances a step",
+    "--eval_data_path m.jsonl --eval_on_start True --per_device_eval_batch_size 0": r"batch_size=0",
+    "--learning_rate -1": r"Invalid learning rate: -1.0",
+    "--eval_strategy epoch": r"you didn't pass an `eval_dataset`",
+    "--beams 3": r"not used by the HfArgumentParser: \['--beams', '3'\]",
     "--projector_model_path good.safetensors --stride 4": r"is for stride '5', not '4'",
     "--data_path none.jsonl": r"No such file or directory: 'none.jsonl'",
-    "--eval_data_path bad.jsonl": r"bad.jsonl:1: .*\"txt\" a string, got None",
+    "--data_path empty.jsonl": r"empty.jsonl:1: .*\"txt\" text, got ' '",
+    "--eval_data_path bad.jsonl": r"bad.jsonl:1: .*\"txt\" text, got None",
 }
 
 
@@ -152,6 +167,7 @@ TRAINING = {
 def test_bad_models_and_arguments_of_training_end_in_one_line(here, flags):
     Path("m.jsonl").write_text(GOOD)
     Path("bad.jsonl").write_text('{"wav": "a.wav"}')
+    Path("empty.jsonl").write_text('{"wav": "a.wav", "txt": " "}')
     arguments = ["--llm_model_name_or_path", here.paths.qwen, "--data_path", "m.jsonl"]
     arguments += ["--whisper_model_name_or_path", here.paths.whisper, "--output_dir", "exp"]
     arguments += ["--max_steps", "1", "--report_to", "none", *flags.split()]
@@ -192,7 +208,7 @@ def test_damaged_files_end_in_our_error_or_are_read(here, name, count):
         try:
             read(str(path))
             outcomes["read"] += 1
-        except model.InputError:
+        except ValueError:
             outcomes["refused"] += 1
     print(name, outcomes)
     assert sum(outcomes.values()) == count and outcomes["refused"] > count / 4

@@ -7,7 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from data import collate, read_manifest
-from model import DEFAULTS, IGNORE, InputError, Projector, SpeechLLM, build_prompt, load
+from model import DEFAULTS, IGNORE, Projector, SpeechLLM, build_prompt, load
 
 LLM_DIMS = {"LLaMA3-8B": 4096, "Qwen2-0.5B": 896, "Qwen2-1.5B": 1536, "Qwen2-7B": 3584}
 ENCODER_DIMS = {"tiny": 384, "small": 768, "large": 1280}
@@ -411,7 +411,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused_until_it_has_one(paths, 
     model.llm.save_pretrained(tmp_path)
     tiny.make_tokenizer(None, "<|im_end|>").save_pretrained(tmp_path)
     names = {"llm_model_name_or_path": str(tmp_path), "whisper_model_name_or_path": paths.whisper}
-    with pytest.raises(InputError, match=r"cannot load.*chat_template is not set"):
+    with pytest.raises(ValueError, match=r"cannot load.*chat_template is not set"):
         load(**names)
     (tmp_path / "chat_template.jinja").write_text(tiny.CHATML)
     assert load(**names).before == model.before
@@ -503,7 +503,7 @@ def test_a_model_that_moved_is_taken_from_its_new_place(paths, tmp_path):
     for place in (str(moved), f"{moved}/"):
         model = load(path, llm_model_name_or_path=place)
         assert model.settings["llm_model_name_or_path"] == place
-    with pytest.raises(InputError, match="cannot load"):  # agreed to, though it is not there
+    with pytest.raises(ValueError, match="cannot load"):  # agreed to, though it is not there
         load(path, whisper_model_name_or_path=str(tmp_path / "tiny"))
 
 
@@ -523,7 +523,7 @@ def test_a_model_that_moved_is_taken_from_its_new_place(paths, tmp_path):
 def test_a_projector_of_other_settings_is_refused(paths, tmp_path, setting, value, message):
     path = str(tmp_path / "model.safetensors")
     load_tiny(paths).save_projector(path)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(ValueError, match=message):
         load(path, **{setting: value})
 
 
@@ -531,32 +531,32 @@ def test_a_projector_of_other_sizes_is_refused(paths, tmp_path):
     path = str(tmp_path / "model.safetensors")
     load_tiny(paths).save_projector(path)
     wide = str(tiny.make_whisper(tmp_path / "tiny.pt", width=48))
-    with pytest.raises(InputError, match=r"(?s)or the projector.*mismatch for projector.conv"):
+    with pytest.raises(ValueError, match=r"(?s)or the projector.*mismatch for projector.conv"):
         load(path, whisper_model_name_or_path=wide)
 
 
 def test_files_that_are_no_projector_are_refused(paths, tmp_path):
     path = str(tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match="the projector .*model.safetensors: .*No such file"):
+    with pytest.raises(ValueError, match="the projector .*model.safetensors: .*No such file"):
         load(path)
     Path(path).write_bytes(b"not a projector")
-    with pytest.raises(InputError, match="the projector .*model.safetensors: .*Error while deser"):
+    with pytest.raises(ValueError, match="the projector .*model.safetensors: .*Error while deser"):
         load(path)
-    with pytest.raises(InputError, match=f"the projector {tmp_path}: "):  # a folder
+    with pytest.raises(ValueError, match=f"the projector {tmp_path}: "):  # a folder
         load(str(tmp_path))
     load_tiny(paths).save_projector(path)
     weights = load_file(path)
     save_file(weights, path)  # without metadata
-    with pytest.raises(InputError, match="model.safetensors is for format None, not '3'"):
+    with pytest.raises(ValueError, match="model.safetensors is for format None, not '3'"):
         load(path)
     metadata = load_tiny(paths).settings
     save_file({"projector.conv.bias": weights["projector.conv.bias"]}, path, metadata)
-    with pytest.raises(InputError, match="Missing key.*projector.conv.weight"):
+    with pytest.raises(ValueError, match="Missing key.*projector.conv.weight"):
         load(path)
 
 
 def test_missing_and_unknown_models_are_named(paths):
-    with pytest.raises(InputError, match="cannot load.*'llm_model_name_or_path'"):
+    with pytest.raises(ValueError, match="cannot load.*'llm_model_name_or_path'"):
         load(whisper_model_name_or_path=paths.whisper)
-    with pytest.raises(InputError, match=r"Model huge not found; available models = .*'tiny'"):
+    with pytest.raises(ValueError, match=r"Model huge not found; available models = .*'tiny'"):
         load(llm_model_name_or_path=paths.qwen, whisper_model_name_or_path="huge")

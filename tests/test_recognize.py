@@ -10,7 +10,7 @@ import torch
 
 import recognize
 from data import read_manifest
-from model import InputError, load
+from model import load
 
 
 def run(projector, data_path, result_path, *options):
@@ -135,7 +135,7 @@ def test_audio_that_cannot_be_read_is_named_and_finished_hypotheses_are_kept(pro
     manifest = tmp_path / "m.jsonl"
     # large files come first, and while one batch is recognised the next is read
     manifest.write_text('{"wav": "b.wav"}\n' + '{"wav": "a.wav"}\n' * 2)
-    with pytest.raises(InputError, match=r"b.wav: cannot be decoded"):
+    with pytest.raises(ValueError, match=r"b.wav: cannot be decoded"):
         run(projector, manifest, tmp_path / "out.jsonl", "--batch_size", "1")
     assert not (tmp_path / "out.jsonl").exists()
     assert len((tmp_path / "out.jsonl.part").read_text(encoding="utf-8").splitlines()) == 1

@@ -7,7 +7,6 @@ import score
 import tiny
 
 import recognize
-from model import InputError
 
 
 def write(path, *rows):
@@ -106,7 +105,7 @@ def test_text_that_nobody_can_say_so_fast_is_a_hallucination():
 @pytest.mark.parametrize("line", ["{", "[1]", '{"txt": "go"}', '{"txt": "go", "hyp": 1}'])
 def test_what_is_no_result_is_refused_by_name(tmp_path, line):
     (tmp_path / "a.jsonl").write_text(line + "\n")
-    with pytest.raises(InputError, match="a.jsonl: wanted JSONL with hyp"):
+    with pytest.raises(ValueError, match="a.jsonl: wanted JSONL with hyp"):
         score.show([str(tmp_path / "a.jsonl")])
 
 

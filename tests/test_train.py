@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import recognize
 import train
-from model import DEFAULTS, InputError
+from model import DEFAULTS
 
 ROOT = Path(__file__).parents[1]
 RECIPE = """\
@@ -172,7 +172,7 @@ def test_batches_are_of_utterances_about_as_long_in_random_order():
 
 def test_a_checkpoint_of_other_settings_is_not_resumed(paths, tmp_path):
     run(paths, tmp_path, "--max_steps", "1")
-    with pytest.raises(InputError, match="checkpoint-1.* is for stride '5', not '4'"):
+    with pytest.raises(ValueError, match="checkpoint-1.* is for stride '5', not '4'"):
         run(paths, tmp_path, "--max_steps", "2", "--stride", "4")
 
 
@@ -267,7 +267,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_weight(paths, tmp_path
 
 def test_several_gpus_in_one_process_are_refused(paths, tmp_path, monkeypatch):
     monkeypatch.setattr(train.TrainingArguments, "n_gpu", 4)
-    with pytest.raises(InputError, match="wanted torchrun --nproc_per_node=4, got 1"):
+    with pytest.raises(ValueError, match="wanted torchrun --nproc_per_node=4"):
         run(paths, tmp_path)
 
 

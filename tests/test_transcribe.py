@@ -13,7 +13,7 @@ from whisper.audio import N_SAMPLES
 
 import recognize
 from data import read_manifest
-from model import InputError, load
+from model import load
 
 SCRIPT = Path(transcribe.__file__)
 
@@ -67,10 +67,10 @@ def test_files_and_folders_are_printed_with_their_texts(paths, projector, tmp_pa
     assert done.returncode == 0, done.stderr
     files = [line.split("\t")[0] for line in done.stdout.splitlines()]
     assert files == ["c.wav", "folder/a.wav", "folder/deep/b.flac"]
-    with pytest.raises(InputError, match="d.wav: there is no such file"):
+    with pytest.raises(ValueError, match="d.wav: there is no such file"):
         transcribe.find(["d.wav"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="no audio file in it"):
+    with pytest.raises(ValueError, match="no audio file in it"):
         transcribe.find([str(tmp_path / "empty")])
 
 
