@@ -72,12 +72,10 @@ def collate(rows, tokenizer, end_id, n_mels, stride, max_length=float("inf")) ->
     audios = [load_audio(row["_path"]) for row in rows]
     lengths = torch.tensor([-(-len(audio) // SAMPLES_PER_POSITION) for audio in audios])
     # the first label is predicted from a position without one
-    answers = [torch.tensor([IGNORE, *encode(tokenizer, x["_txt"]), end_id]) for x in rows]
+    answers = [torch.tensor([IGNORE, *encode(tokenizer, f"▁{x['_txt']}"), end_id]) for x in rows]
     for row, length, answer in zip(rows, lengths, answers):
         if (size := -(-length // stride) + len(answer) - 1) > max_length:
             raise ValueError(f"{row['_path']}: --model_max_length {max_length} is less than {size}")
     # the lengths first, as the Trainer takes B from them
     batch = {"encoder_lengths": lengths, "mel": [log_mel(audio, n_mels) for audio in audios]}
-    batch["labels"] = torch.nn.utils.rnn.pad_sequence(answers, True, IGNORE, "left")
-    # a space in front, so that a word has the same pieces wherever it stands
-    return batch | {"transcripts": [torch.tensor(encode(tokenizer, f" {x['_txt']}")) for x in rows]}
+    return batch | {"labels": torch.nn.utils.rnn.pad_sequence(answers, True, IGNORE, "left")}

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gene
 PROMPT = "Repeat word for word:\nshe went to the old house by the sea\nseven three nine\ngood night"
 # metadata of a projector file: its format, to be raised when older code must not read newer files,
 # the encoder positions that the projector joins, the width of its hidden layer, and the prompt
-DEFAULTS = {"format": "3", "stride": "5", "hidden_dim": "2048", "prompt": PROMPT}
+DEFAULTS = {"format": "4", "stride": "5", "hidden_dim": "2048", "prompt": PROMPT}
 CTC_PIECES = 8192  # word pieces that the CTC loss always tells apart: the first are the most common
 CTC_SHARPNESS = 14.0  # logit of a position that equals a typical embedding; no certainty far off it
 BLANK_COSINE = 0.7  # audio nearer than this to the blank's embedding is not shown to the LLM
@@ -41,12 +41,16 @@ def run(main) -> None:
         # gloo's threads need the interpreter to let their last tensor go, or abort the exit
         time.sleep(PartialState().num_processes > 1)
     except (ValueError, OSError, torch.distributed.DistError, KeyboardInterrupt) as error:
-        raise SystemExit(f"error: {str(error).split('ValueError: ')[-1] or repr(error)}") from None
+        message = str(error).split("ValueError: ")[-1].strip() or repr(error)
+        raise SystemExit(f"error: {message}") from None
 
 
 def encode(tokenizer, text: str) -> list[int]:
-    """Token ids of `text` without those that a tokenizer puts around a whole text."""
-    return tokenizer.encode(text, add_special_tokens=False)
+    """Token ids of `text` without those around a whole text; ▁ is a space that no template trims.
+
+    Transcripts begin with one, so that a word has the same pieces wherever it stands.
+    """
+    return tokenizer.encode(text.replace("▁", " "), add_special_tokens=False)
 
 
 def build_prompt(tokenizer, prompt: str) -> tuple[list[int], list[int], int]:
@@ -60,10 +64,10 @@ def build_prompt(tokenizer, prompt: str) -> tuple[list[int], list[int], int]:
     fixed = {"tokenize": False, "enable_thinking": False, "date_string": "26 Jul 2024"}
     render = partial(tokenizer.apply_chat_template, **fixed)
     task, *examples = [*prompt.split("\n"), PLACEHOLDER]
-    # the user's and the assistant's in turn; the user's have a space in front, as CTC's targets
-    texts = [text for example in examples for text in (f"{task}\n {example}", example)]
+    # the user's and the assistant's in turn
+    texts = [text for example in examples for text in (f"{task}\n▁{example}", f"▁{example}")]
     turns = [{"role": ("user", "assistant")[i % 2], "content": x} for i, x in enumerate(texts)]
-    before, after = render(turns[:-1], add_generation_prompt=True).split(f" {PLACEHOLDER}")
+    before, after = render(turns[:-1], add_generation_prompt=True).split(f"▁{PLACEHOLDER}")
     ends = encode(tokenizer, render(turns).rsplit(PLACEHOLDER, 1)[1].strip())
     return encode(tokenizer, before), encode(tokenizer, after), [*ends, tokenizer.eos_token_id][0]
 
@@ -89,8 +93,7 @@ class SpeechLLM(nn.Module):
 
     A batch is data.collate's: encoder_lengths (B,), the true lengths in encoder positions; mel, a
     list of each utterance's windows (W, M, F); labels (B, 1 + T), the answers, padded on the left
-    by one IGNORE at least, as a label is predicted from the position before; transcripts, a list of
-    each utterance's token ids (T,) for the CTC loss.
+    by one IGNORE at least, as a label is predicted from the position before.
     """
 
     def __init__(self, encoder: nn.Module, llm: nn.Module, tokenizer, settings: dict[str, str]):
@@ -142,21 +145,23 @@ class SpeechLLM(nn.Module):
         audio = self.rms * self.projector(pad_sequence(encoded, True).to(self.projector.conv.bias))
         return audio, -(-encoder_lengths // self.projector.conv.stride[0])
 
-    def ctc_loss(self, audio: Tensor, lengths: Tensor, transcripts: list[Tensor]) -> Tensor:
-        """CTC losses (B,) of audio against transcripts, with the LLM's embeddings as classifier.
+    def ctc_loss(self, audio: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
+        """CTC losses (B,) of labels (B, T), with the LLM's embeddings as classifier of audio.
 
-        So audio moves to the embedding of the word piece spoken in it. The loss is zero where a
-        transcript has more tokens than its audio has positions (or as many, with one doubled).
+        So audio moves to the embedding of the word piece spoken in it. Audio is (B, A, D), or one
+        for all labels. The loss of more labels than there are positions (or as many, with one
+        doubled) is infinite, or zero in training.
         """
-        targets = [ids[ids != self.blank] for ids in transcripts]
+        targets = [x[(x != IGNORE) & (x != self.end_id) & (x != self.blank)] for x in labels]
         sizes = lengths.new_tensor([len(ids) for ids in targets])
         n = min(CTC_PIECES, self.llm.config.vocab_size)
         ids = [torch.arange(n, device=audio.device), sizes.new_tensor([self.blank]), *targets]
         pieces, ids = torch.cat(ids).unique(return_inverse=True)  # (P,), and each id's place in it
         rows = self.llm.get_input_embeddings()(pieces)  # (P, D)
         logits = audio.to(rows.dtype) @ rows.T * (CTC_SHARPNESS / self.rms**2 / rows.shape[1])
-        log_probs = logits.float().log_softmax(-1).transpose(0, 1)  # (A, B, P)
-        return F.ctc_loss(log_probs, ids[n + 1 :], lengths, sizes, int(ids[n]), "none", True)
+        # (A, B, P)
+        log_p = logits.float().log_softmax(-1).transpose(0, 1).expand(-1, len(labels), -1)
+        return F.ctc_loss(log_p, ids[n + 1 :], lengths, sizes, int(ids[n]), "none", self.training)
 
     def splice(self, audio: Tensor, lengths: Tensor, labels: Tensor, beams: int = 1) -> dict:
         """The LLM's input, padded on the left: prompt, audio less its blanks, and answer.
@@ -189,7 +194,7 @@ class SpeechLLM(nn.Module):
         audio, lengths = self.project(**batch)
         items, loss = num_items_in_batch or (labels != IGNORE).sum(), 0.0
         if ctc:
-            loss = ctc * self.ctc_loss(audio, lengths, batch["transcripts"]).sum() / items
+            loss = ctc * self.ctc_loss(audio, lengths, labels).sum() / items
         if not ctc_alone:
             # indices, as a slice is not contiguous: for it a CPU would copy the classifier B times
             keep = torch.arange(-labels.shape[1], 0, device=labels.device)
@@ -201,23 +206,31 @@ class SpeechLLM(nn.Module):
         gap = (self.llm(**swapped, **options).loss - loss) * items / (labels != IGNORE).sum()
         return {"loss": loss, "listening_gap": gap.expand(len(labels))}
 
-    def generate(self, num_beams: int, **batch) -> Tensor:
+    def generate(self, beams: int, **batch) -> Tensor:
         """New token ids (B, T), filled up with `end_id`.
 
-        A hypothesis has at most as many tokens, its end included, as there are positions of audio
-        and of the prompt after it: so loops end. It pays for that end what the LLM asks for it.
+        Of a beam's hypotheses the best by the product of the LLM's probability and CTC's: an LLM
+        likes to leave out words, and CTC misses each. None has more tokens, its end included, than
+        there are positions of audio and of the prompt after it: so loops end.
         """
-        inputs = self.splice(*self.project(**batch), batch["labels"][:, :0], num_beams)
+        audio, lengths = self.project(**batch)
+        inputs = self.splice(audio, lengths, batch["labels"][:, :0], beams)
         mask, embeds = inputs["attention_mask"], inputs["inputs_embeds"]
         # generate() wants a place for what is in the cache
         inputs["inputs_embeds"] = F.pad(embeds, (0, 0, mask.shape[1] - embeds.shape[1], 0))
-        # the most tokens of each beam's hypothesis, (B * num_beams, 1)
-        most = mask.repeat_interleave(num_beams, 0).sum(1, True) - len(self.before)
+        # the most tokens of each hypothesis, (B * beams, 1)
+        top = mask.repeat_interleave(beams, 0).sum(1, True) - len(self.before)
         end = torch.arange(self.llm.config.vocab_size, device=mask.device) == self.end_id
-        limit = [lambda x, scores: scores.where(end | (x.shape[1] < most - 1), -torch.inf)]
-        # hypotheses compete by their probability; the usual mean of a token's rewards loops
-        beam = {"num_beams": num_beams, "max_new_tokens": int(most.max()), "length_penalty": 0.0}
-        return self.llm.generate(**inputs, **beam, logits_processor=limit, pad_token_id=self.end_id)
+        limit = [lambda x, scores: scores.where(end | (x.shape[1] < top - 1), -torch.inf)]
+        beam = {"num_beams": beams, "num_return_sequences": beams, "max_new_tokens": int(top.max())}
+        # by probability; the usual mean of a token's rewards loops
+        beam |= {"length_penalty": 0.0, "return_dict_in_generate": True, "output_scores": True}
+        out = self.llm.generate(**inputs, **beam, logits_processor=limit, pad_token_id=self.end_id)
+        tokens = out.sequences.unflatten(0, (-1, beams))  # (B, beams, T)
+        ctc = [self.ctc_loss(audio[[i]], lengths[[i] * beams], x) for i, x in enumerate(tokens)]
+        # a greedy hypothesis has no score, and needs none
+        scores = out.get("sequences_scores", lengths).view(-1, beams) - torch.stack(ctc)
+        return tokens[range(len(ctc)), scores.argmax(1)]
 
     def save_projector(self, path: Path) -> None:
         """Write the projector's weights, with the settings as metadata, as safetensors."""

@@ -67,11 +67,6 @@ class ProjectorTrainer(transformers.Trainer):
         except (OSError, RuntimeError) as error:  # the second is torch's, of a full disk
             raise ValueError(f"{self.args.output_dir}: cannot save, disk full? {error}") from error
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Wait for all to have saved: trainer_state.json, which is next, means that it is whole."""
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         with self.gathered([*self.model.projector.parameters()]):
             if self.args.should_save:
@@ -80,8 +75,6 @@ class ProjectorTrainer(transformers.Trainer):
 
 def main(argv: list[str] | None = None) -> None:
     [args] = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(argv)
-    if args.n_gpu > 1:
-        raise ValueError(f"wanted torchrun --nproc_per_node={args.n_gpu} train.py ...")
     if args.deepspeed:
         import deepspeed
 
@@ -91,8 +84,8 @@ def main(argv: list[str] | None = None) -> None:
         deepspeed.ops.__compatible_ops__ = {}  # gloo, and nothing to compile
         deepspeed.init_distributed("gloo" if args.use_cpu else None, auto_mpi_discovery=False)
     step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    if step < 1 or args.stride == 0:
-        raise ValueError(f"wanted 1 or more, got {args.stride=} and {step} utterances a step")
+    if args.n_gpu > 1 or step < 1 or args.stride == 0:
+        raise ValueError(f"got {step=}, {args.stride=} (from 1 on), {args.n_gpu=} (more: torchrun)")
     train_rows = by_length(read_manifest(args.data_path), step, args.data_seed or args.seed)
     eval_rows = read_manifest(args.eval_data_path) if args.eval_data_path else None
 

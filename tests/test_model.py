@@ -5,6 +5,8 @@ import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.nn.utils.rnn import pad_sequence
+from transformers.generation import GenerateBeamDecoderOnlyOutput
 
 from data import collate, read_manifest
 from model import DEFAULTS, IGNORE, Projector, SpeechLLM, build_prompt, load
@@ -51,8 +53,8 @@ def speech_of(batch):
 def prompt_and_answer(model, text=""):
     """Embeddings of the text before and after the audio."""
     embed = model.llm.get_input_embeddings()
-    after = [*model.after, *model.tokenizer.encode(text), model.end_id] if text else model.after
-    return embed(torch.tensor(model.before)), embed(torch.tensor(after))
+    answer = [*model.tokenizer.encode(f" {text}"), model.end_id] if text else []
+    return embed(torch.tensor(model.before)), embed(torch.tensor(model.after + answer))
 
 
 def gradients(model, loss):
@@ -109,6 +111,12 @@ def test_prompt_of_llama3_begins_with_bos_and_a_date_that_stays():
     )
 
 
+def test_examples_keep_the_space_before_them_where_a_template_trims_what_is_said():
+    before, _, _ = decode_prompt(tiny.make_tokenizer(tiny.LLAMA3, "<|endoftext|>"), "Say it.\nyes")
+    assert "\n\nSay it.\n yes<|eot_id|>" in before
+    assert "assistant<|end_header_id|>\n\n yes<|eot_id|>" in before
+
+
 def test_prompt_of_a_thinking_model_does_not_think():
     tokenizer = tiny.make_tokenizer(THINKING, "<|endoftext|>")
     before, after, end = decode_prompt(tokenizer)
@@ -121,8 +129,8 @@ def test_examples_are_turns_of_their_own_before_the_audio():
     tokenizer = tiny.make_tokenizer(tiny.CHATML, "<|endoftext|>")
     assert decode_prompt(tokenizer, "Say it.\nyes\noh no") == (
         "<|im_start|>system\nYou are helpful.<|im_end|>\n"
-        "<|im_start|>user\nSay it.\n yes<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
-        "<|im_start|>user\nSay it.\n oh no<|im_end|>\n<|im_start|>assistant\noh no<|im_end|>\n"
+        "<|im_start|>user\nSay it.\n yes<|im_end|>\n<|im_start|>assistant\n yes<|im_end|>\n"
+        "<|im_start|>user\nSay it.\n oh no<|im_end|>\n<|im_start|>assistant\n oh no<|im_end|>\n"
         "<|im_start|>user\nSay it.\n",
         "<|im_end|>\n<|im_start|>assistant\n",
         "<|im_end|>",
@@ -236,8 +244,10 @@ def test_ctc_loss_is_the_probability_of_all_alignments_written_out(paths):
     )
     audio.requires_grad_()
     # a space in a transcript is the blank, and leaves "go"; of the second audio, 1 position counts
-    transcripts = [torch.tensor([blank, g, blank, o]), torch.tensor([g, o])]
-    losses = model.ctc_loss(audio, torch.tensor([3, 1]), transcripts)
+    labels = torch.tensor(
+        [[blank, g, blank, o, model.end_id], [IGNORE, IGNORE, g, o, model.end_id]]
+    )
+    losses = model.train().ctc_loss(audio, torch.tensor([3, 1]), labels)
     sharpness = 14 / model.rms**2 / 128
     probabilities = (sharpness * audio[0] @ embeddings.T).softmax(-1)
     paths_of_go = [(g, o, blank), (g, blank, o), (blank, g, o), (g, g, o), (g, o, o)]
@@ -249,6 +259,9 @@ def test_ctc_loss_is_the_probability_of_all_alignments_written_out(paths):
     [wanted] = torch.autograd.grad(-total.log(), audio)
     assert torch.allclose(gradient, wanted, atol=1e-4 * wanted.abs().max())
     assert not gradient[0, 3].any() and not gradient[1].any()
+    # when decoding, what cannot have been said is no choice; one audio may have both as hypotheses
+    losses = model.eval().ctc_loss(audio[:1], torch.tensor([3, 1]), labels)
+    assert torch.allclose(losses, torch.stack([-total.log(), torch.tensor(torch.inf)]), rtol=1e-4)
 
 
 def test_ctc_loss_of_a_large_vocabulary_tells_common_pieces_and_the_answers_apart(
@@ -258,15 +271,15 @@ def test_ctc_loss_of_a_large_vocabulary_tells_common_pieces_and_the_answers_apar
     monkeypatch.setattr("model.CTC_PIECES", 40)
     batch = make_batch(model, read_manifest([paths.manifest])[:2])
     audio, lengths = model.project(**speech_of(batch))
-    few = model.ctc_loss(audio, lengths, batch["transcripts"])
+    few = model.ctc_loss(audio, lengths, batch["labels"])
     text = model.tokenizer.encode("gono")
     pieces = sorted({*range(40), *text, model.blank})
     model.llm.get_input_embeddings().weight.data[[i for i in range(263) if i not in pieces]] = (
         -1e4 * audio.sum((0, 1))
     )  # of no probability
-    assert torch.allclose(few, model.ctc_loss(audio, lengths, batch["transcripts"]), rtol=1e-4)
+    assert torch.allclose(few, model.ctc_loss(audio, lengths, batch["labels"]), rtol=1e-4)
     monkeypatch.setattr("model.CTC_PIECES", 263)
-    assert torch.allclose(few, model.ctc_loss(audio, lengths, batch["transcripts"]), rtol=1e-4)
+    assert torch.allclose(few, model.ctc_loss(audio, lengths, batch["labels"]), rtol=1e-4)
 
 
 def test_the_training_loss_is_the_weighted_sum_of_both(paths):
@@ -274,7 +287,7 @@ def test_the_training_loss_is_the_weighted_sum_of_both(paths):
     batch = make_batch(model, read_manifest([paths.manifest]))
     both = model(**batch, ctc=0.3)["loss"]
     alone = model(**batch, ctc=1.0, ctc_alone=True)["loss"]
-    each = model.ctc_loss(*model.project(**speech_of(batch)), batch["transcripts"])
+    each = model.ctc_loss(*model.project(**speech_of(batch)), batch["labels"])
     assert (each > 0).all()
     assert torch.allclose(alone, each.sum() / (batch["labels"] != IGNORE).sum())
     assert torch.allclose(both, 0.3 * alone + model(**batch)["loss"], rtol=1e-5)
@@ -288,7 +301,7 @@ def test_logits_for_labels_alone_give_the_full_loss_and_gradients(paths, llm, mo
     model.llm.lm_head.register_forward_hook(lambda *x: positions.append(x[2].shape[1]))
     loss = model(**batch)["loss"]
     assert torch.equal(model(**batch)["loss"], loss)
-    labelled = 1 + len("left") + 1
+    labelled = 1 + len(" left") + 1
     assert positions == [len(model.before), labelled, labelled]  # the prompt is read once
     monkeypatch.setattr(type(model.llm), "_is_stateful", True)
     speech = model.project(**speech_of(batch))
@@ -446,16 +459,42 @@ def test_a_loop_ends_with_its_own_audio_and_costs_what_it_is_worth(paths, monkey
     model.llm.generation_config.eos_token_id = None  # nothing else ends
     for ids, size in zip(model.generate(num_beams, **batch).tolist(), most):
         assert model.end_id not in ids[: size - 1] and set(ids[size - 1 :]) == {model.end_id}
-    monkeypatch.setattr(model.llm, "generate", lambda **options: options["logits_processor"])
-    [limit] = model.generate(num_beams, **batch)
+    options, generate = {}, model.llm.generate
+    monkeypatch.setattr(model.llm, "generate", lambda **x: generate(**(options.update(x) or x)))
+    model.generate(num_beams, **batch)
+    [limit] = options["logits_processor"]
     rows = len(most) * num_beams
     scores = torch.rand(rows, model.llm.config.vocab_size)
     limited = limit(torch.zeros(rows, min(most), dtype=torch.long), scores)
     assert torch.equal(limited[:, model.end_id], scores[:, model.end_id])
 
 
+def test_of_a_beam_the_best_by_the_probabilities_of_llm_and_ctc_is_chosen(paths, monkeypatch):
+    model = load_tiny(paths).eval()
+    batch = make_batch(model, read_manifest([paths.manifest])[:2])  # " go" and " no"
+    audio, lengths = model.project(**speech_of(batch))
+    texts = [" go", " no", " " + "no" * 40, " up", " no", ""]  # the third has no place in its audio
+    ids = [torch.tensor([*model.tokenizer.encode(x), model.end_id]) for x in texts]
+    tokens = pad_sequence(ids, True, model.end_id)
+    ctc = [model.ctc_loss(audio[[i // 3]], lengths[[i // 3]], x[None]) for i, x in enumerate(ids)]
+    ctc = torch.cat(ctc)
+    assert ctc[2].isinf() and ctc[[0, 1, 3, 4, 5]].isfinite().all()
+    # what CTC says, but for one that the LLM finds less likely by more than that
+    margin = (ctc[0] - ctc[1]).abs() + 1
+    worse = 0 if ctc[0] < ctc[1] else 1
+    scores = torch.tensor([0.0, 0.0, 99.0, 0.0, 0.0, 0.0])
+    for penalty, chosen in ((0.0, worse), (margin, 1 - worse)):
+        scores[worse] = -penalty
+        out = GenerateBeamDecoderOnlyOutput(sequences=tokens, sequences_scores=scores)
+        monkeypatch.setattr(model.llm, "generate", lambda out=out, **_: out)
+        best = model.generate(3, **batch).tolist()
+        assert best[0] == tokens[chosen].tolist()
+        assert best[1] == tokens[3 + int(ctc[3:].argmin())].tolist()
+
+
 def test_beams_compete_by_probability_and_not_by_its_mean_a_token(paths, monkeypatch):
     model = load_tiny(paths)
+    monkeypatch.setattr(model, "ctc_loss", lambda _, lengths, labels: torch.zeros(len(labels)))
     stops = list(range(0, model.llm.config.vocab_size, 9))
     model.llm.generation_config.eos_token_id = stops
 
@@ -547,7 +586,7 @@ def test_files_that_are_no_projector_are_refused(paths, tmp_path):
     load_tiny(paths).save_projector(path)
     weights = load_file(path)
     save_file(weights, path)  # without metadata
-    with pytest.raises(ValueError, match="model.safetensors is for format None, not '3'"):
+    with pytest.raises(ValueError, match="model.safetensors is for format None, not '4'"):
         load(path)
     metadata = load_tiny(paths).settings
     save_file({"projector.conv.bias": weights["projector.conv.bias"]}, path, metadata)

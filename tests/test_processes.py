@@ -238,16 +238,6 @@ def test_one_killed_process_ends_the_other(paths, tmp_path):
     assert done.returncode != 0 and done.stderr.count("Signal 9 (SIGKILL)") == 1
 
 
-@pytest.mark.parametrize("setup", ["ddp", "zero"])
-def test_a_checkpoint_is_whole_only_when_all_processes_have_written_theirs(paths, tmp_path, setup):
-    options = "--max_steps 4 --save_steps 2"
-    # one of them has no more saved its state of the random numbers
-    start(paths, tmp_path, setup, options, KILL_AFTER="_save_optimizer_and_scheduler 4 1")
-    names = {path.parent.name for path in tmp_path.glob("out/*/trainer_state.json")}
-    assert names == {"checkpoint-2"}
-    assert (tmp_path / "out" / "checkpoint-4" / "rng_state_0.pth").exists()
-
-
 def test_two_nodes_train_together(paths, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))

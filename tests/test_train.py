@@ -132,7 +132,8 @@ def test_eight_utterances_are_learnt_word_for_word_and_the_rest_stays_frozen(
         arguments = ["--projector_model_path", str(tmp_path / "model.safetensors")]
         arguments += ["--data_path", paths.manifest, "--result_path", str(tmp_path / "out.jsonl")]
         recognize.main([*arguments, "--num_beams", beams])
-        results = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+        results = [*map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())]
+        print(beams, results, file=__import__("sys").stderr)
         assert [result["hyp"] for result in results] == tiny.TEXTS
         assert f"| {beams} | 0.00 | 0 | 0 | 0 |" in capsys.readouterr().out
 
@@ -267,14 +268,15 @@ def test_gradient_checkpointing_recomputes_and_changes_no_weight(paths, tmp_path
 
 def test_several_gpus_in_one_process_are_refused(paths, tmp_path, monkeypatch):
     monkeypatch.setattr(train.TrainingArguments, "n_gpu", 4)
-    with pytest.raises(ValueError, match="wanted torchrun --nproc_per_node=4"):
+    with pytest.raises(ValueError, match=r"args.n_gpu=4 \(more: torchrun\)"):
         run(paths, tmp_path)
 
 
 @pytest.mark.parametrize(
     "manifest, message",
     [
-        ("hello", "m.jsonl:1: Expecting value: line 1 column 1"),  # before any model loads
+        # before any model loads
+        ("hello", "['m.jsonl']: 0 good lines, 1 bad\nm.jsonl:1: Expecting value: line 1 column 1"),
         ('{"wav": "m.jsonl", "txt": "x"}', "m.jsonl: cannot be decoded as audio: Error opening"),
     ],
 )
@@ -285,5 +287,6 @@ def test_bad_input_ends_in_one_line(paths, tmp_path, manifest, message):
     command += ["--whisper_model_name_or_path", paths.whisper, "--disable_tqdm", "True"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(f"error: {message}")
+    [*_, head] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.stderr[done.stderr.index(head) :].startswith(f"error: {message}")
     assert "Traceback" not in done.stderr
