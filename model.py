@@ -40,9 +40,8 @@ def run(main) -> None:
         main()
         # gloo's threads need the interpreter to let their last tensor go, or abort the exit
         time.sleep(PartialState().num_processes > 1)
-    except (ValueError, OSError, torch.distributed.DistError, KeyboardInterrupt) as error:
-        message = str(error).split("ValueError: ")[-1].strip() or repr(error)
-        raise SystemExit(f"error: {message}") from None
+    except (ValueError, OSError, torch.distributed.DistError, KeyboardInterrupt) as e:
+        raise SystemExit(f"error: {str(e).split('ValueError: ')[-1].strip() or repr(e)}") from None
 
 
 def encode(tokenizer, text: str) -> list[int]:
