@@ -3,8 +3,8 @@
 #
 #     bash bench/results.sh TRAIN.jsonl DEV.jsonl WHISPER.pt OUT [SEED]
 #
-# from the repository's root, after demo/run.sh, whose LLM and voice it uses. About two hours on two
-# cores. The corpus, two copies of it at other speeds and 12,000 sentences that the LLM writes and a
+# from the repository's root, after demo/run.sh, whose LLM and voice it uses. About three hours on two
+# cores. The corpus, four copies of it at other speeds and 12,000 sentences that the LLM writes and a
 # voice speaks are trained on; DEV is decoded with beams of 1 to 10, and by Whisper's own decoder.
 # Speech, sentences and projectors that are there already are not made again.
 set -euo pipefail
@@ -18,6 +18,8 @@ mkdir -p "$out"
 [ -e "$out/train.jsonl" ] || $python bench/augment.py lower "$train" "$out/train.jsonl"
 [ -e "$out/speed/manifest.jsonl" ] \
     || $python bench/augment.py speed "$out/train.jsonl" "$out/speed" 0.88 1.12
+[ -e "$out/more-speed/manifest.jsonl" ] \
+    || $python bench/augment.py speed "$out/train.jsonl" "$out/more-speed" 0.8 1.25
 [ -e "$out/sentences.txt" ] || $python bench/augment.py write $llm 12000 "$out/sentences.txt"
 [ -e "$out/spoken/manifest.jsonl" ] \
     || $python bench/augment.py speak "$out/sentences.txt" "$out/spoken"
@@ -32,15 +34,21 @@ train() { # OUTPUT_DIR, flags
 }
 
 name=$(basename "$whisper" .pt)-$seed
-# the CTC loss on the corpus and its copies, then on all, and then the LLM's loss beside it
+# the CTC loss on the corpus and its copies, then on all, and then the LLM's loss beside it; last
+# with more copies and more of the CTC loss, by which a beam's hypothesis is chosen
 train "$out/$name-ctc" --data_path "$out/train.jsonl" "$out/speed/manifest.jsonl" \
     --max_steps 763 --ctc_first 1 --lr_scheduler_type constant_with_warmup --warmup_ratio 0.05 \
     --save_strategy no
-train "$out/$name" --projector_model_path "$out/$name-ctc/model.safetensors" \
+train "$out/$name-joint" --projector_model_path "$out/$name-ctc/model.safetensors" \
     --data_path "$out/train.jsonl" "$out/speed/manifest.jsonl" "$out/spoken/manifest.jsonl" \
     --max_steps 3400 --ctc_first 0.65 --lr_scheduler_type cosine --warmup_ratio 0.03 \
     --eval_data_path "$out/dev-fifth.jsonl" --eval_strategy steps --eval_steps 425 \
     --save_steps 425 --save_total_limit 2
+train "$out/$name" --projector_model_path "$out/$name-joint/model.safetensors" \
+    --data_path "$out/train.jsonl" "$out/speed/manifest.jsonl" "$out/more-speed/manifest.jsonl" \
+    "$out/spoken/manifest.jsonl" --max_steps 1500 --ctc_first 0 --ctc_weight 1 \
+    --learning_rate 6e-4 --lr_scheduler_type cosine --warmup_ratio 0.03 \
+    --eval_data_path "$out/dev-fifth.jsonl" --eval_strategy steps --eval_steps 300 --save_steps 300
 $python bench/cached.py "$out/encoded" recognize.py --data_path "$out/dev.jsonl" --bf16 True \
     --projector_model_path "$out/$name/model.safetensors" --num_beams 1 3 5 8 10 \
     --result_path "$out/$name/dev.jsonl" | tee "$out/$name/beams.md"
