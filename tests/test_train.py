@@ -124,7 +124,8 @@ def test_eight_utterances_are_learnt_word_for_word_and_the_rest_stays_frozen(
     monkeypatch.setitem(DEFAULTS, "prompt", "Repeat:")  # a letter is a token here
     steps = ["--max_steps", "1000", "--per_device_train_batch_size", "8", "--save_strategy", "no"]
     steps += ["--ctc_first", "0.25", "--lr_scheduler_type", "cosine", "--learning_rate", "2e-3"]
-    steps += ["--eval_data_path", paths.manifest, "--eval_strategy", "steps", "--eval_steps", "1000"]
+    steps += ["--eval_data_path", paths.manifest, "--eval_strategy", "steps"]
+    steps += ["--eval_steps", "1000"]
     run(paths, tmp_path, *steps)
     assert log(tmp_path, "eval_listening_gap")[0] > 1  # nats a token
     capsys.readouterr()
