@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         deepspeed.init_distributed("gloo" if args.use_cpu else None, auto_mpi_discovery=False)
     step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     if args.n_gpu > 1 or step < 1 or args.stride == 0:
-        raise ValueError(f"got {step=}, {args.stride=} (from 1 on), {args.n_gpu=} (more: torchrun)")
+        raise ValueError(f"wanted >= 1: {step=}, {args.stride=}; torchrun for more: {args.n_gpu=}")
     train_rows = by_length(read_manifest(args.data_path), step, args.data_seed or args.seed)
     eval_rows = read_manifest(args.eval_data_path) if args.eval_data_path else None
 
