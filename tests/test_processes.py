@@ -139,9 +139,11 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(paths, straight, 
 def test_bfloat16_trains_in_every_setup(paths, straight, tmp_path, setup):
     folder, options = straight
     finish(paths, tmp_path, setup, f"{options} --bf16 True")
-    for key in ("loss", "grad_norm"):
-        exact = log(folder / setup / "out", key)
-        assert log(tmp_path / "out", key) == pytest.approx(exact, rel=0.03), key
+    # the first step learns nothing, so that two have the same weights; a third's gradients show
+    # where rounding has led by then
+    for key, steps, tolerance in (("loss", 3, 0.01), ("grad_norm", 2, 0.03)):
+        exact = log(folder / setup / "out", key)[:steps]
+        assert log(tmp_path / "out", key)[:steps] == pytest.approx(exact, rel=tolerance), key
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
