@@ -1,4 +1,7 @@
-"""Each fault of a user's input ends in one line that says what, where and what to do."""
+"""Each fault of a user's input ends in one line that says what, where and what to do.
+
+All of them as they are printed: bash tests/run.sh tests/test_faults.py -rP
+"""
 
 import os
 import pickle
@@ -44,6 +47,8 @@ def here(paths, projector, tmp_path, monkeypatch):
     settings = {**model.DEFAULTS, "format": "9", "llm_model_name_or_path": paths.qwen}
     settings["whisper_model_name_or_path"] = paths.whisper
     save_file(load_file(projector), "newer.safetensors", settings)
+    settings |= {"format": model.DEFAULTS["format"], "hidden_dim": "64"}
+    save_file(load_file(projector), "narrow.safetensors", settings)
     Path("text.pt").write_text("hello")
     with open("code.pt", "wb") as file:
         pickle.dump({"x": Code()}, file)
@@ -63,6 +68,7 @@ def fail(main, arguments):
     with pytest.raises(SystemExit) as error:
         model.run(lambda: main(arguments))
     message = str(error.value.code)
+    print(message)
     assert message.startswith("error: ")
     return message
 
@@ -120,6 +126,7 @@ MODELS = {
     "--projector_model_path text.safetensors": r"text.safetensors: .*Error while deserial",
     "--projector_model_path truncated.safetensors": r"truncated.safetensors: .*incomplete metadata",
     "--projector_model_path newer.safetensors": r"newer.safetensors is for format '9', not '4'",
+    "--projector_model_path narrow.safetensors": r"narrow.safetensors: .*size mismatch for projector",
     "--llm_model_name_or_path other": r"for llm_model_name_or_path '.*qwen', not 'other'",
     "--whisper_model_name_or_path base": r"for whisper_model_name_or_path '.*tiny.pt', not 'base'",
     "--num_beams 0": r"wanted 1 or more, got args.num_beams=\[0\]",
@@ -127,6 +134,7 @@ MODELS = {
     "--batch_size 0": r"wanted 1 or more, .* args.batch_size=0",
     "--result_path folder": r"Is a directory: .*'folder'",
     "--result_path a.wav/out.jsonl": r"File exists: 'a.wav'",
+    "--result_path /proc/out.jsonl": r"No such file or directory: '/proc/out.jsonl.part'",
     "--data_path missing.jsonl": r"No such file or directory: 'missing.jsonl'",
 }
 
@@ -147,6 +155,7 @@ TRAINING = {
     "--whisper_model_name_or_path code-zip.pt": r"Weights only load failed",
     "--llm_model_name_or_path no/such/model": r"cannot load",
     "--output_dir a.wav": r"File exists: 'a.wav'",
+    "--output_dir /proc/exp": r"No such file or directory: '/proc/exp'",
     "--model_max_length 3": r"a.wav: --model_max_length 3 is less than 8",
     "--stride -1": r"cannot load",
     "--stride 0": r"wanted >= 1: step=8, args.stride=0;",

@@ -430,6 +430,26 @@ def test_a_tokenizer_without_a_chat_template_is_refused_until_it_has_one(paths, 
     assert load(**names).before == model.before
 
 
+def test_an_llm_may_have_no_pad_no_eos_and_more_tokens_than_its_tokenizer(paths, tmp_path):
+    model = load_tiny(paths)
+    size, more = model.llm.config.vocab_size, 64
+    model.llm.resize_token_embeddings(size + more, mean_resizing=False)
+    model.llm.config.tie_word_embeddings = False
+    model.llm.generation_config.eos_token_id = None
+    model.llm.save_pretrained(tmp_path)
+    model.tokenizer.pad_token = model.tokenizer.eos_token = None
+    model.tokenizer.save_pretrained(tmp_path)
+    names = {"llm_model_name_or_path": str(tmp_path), "whisper_model_name_or_path": paths.whisper}
+    model = load(**names).eval()
+    batch = make_batch(model, read_manifest([paths.manifest])[:3])
+    assert model(**batch, ctc=0.3)["loss"].isfinite()
+    # the tokens that no tokenizer knows are what it likes best
+    torch.nn.init.zeros_(model.llm.lm_head.weight[:size])
+    tokens = model.generate(3, **batch)
+    assert (tokens >= size).any()
+    assert all(isinstance(x, str) for x in model.tokenizer.batch_decode(tokens, True))
+
+
 def test_an_llm_that_was_saved_without_its_cache_has_one(paths, tmp_path):
     model = load_tiny(paths)
     model.llm.config.use_cache = False

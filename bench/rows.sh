@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# A row for each encoder and seed, beside the encoder's own decoder:
+#
+#     bash bench/rows.sh TRAIN.jsonl DEV.jsonl OUT WHISPER.pt:SEED...
+#
+# from the repository's root, after demo/run.sh, whose LLM it uses. Each projector is trained on
+# 19,200 utterances of TRAIN, with the defaults of train.py (half an hour on one core), and DEV is
+# decoded with beams of 1 to 10. What is there already is not made again.
+set -euo pipefail
+source demo/environment.sh requirements.txt demo/requirements.txt bench/requirements.txt
+train=$1 dev=$2 out=$3
+python=.venv/bin/python
+mkdir -p "$out"
+[ -e "$out/dev.jsonl" ] || $python bench/augment.py lower "$dev" "$out/dev.jsonl"
+[ -e "$out/train.jsonl" ] || $python bench/augment.py lower "$train" "$out/train.jsonl"
+awk 'NR % 5 == 1' "$out/dev.jsonl" > "$out/dev-fifth.jsonl"
+
+for row in "${@:4}"; do
+    whisper=${row%:*} seed=${row##*:}
+    name=$(basename "$whisper" .pt)
+    run=$out/$name-$seed
+    if [ ! -e "$run/model.safetensors" ]; then
+        echo "== $run: training"
+        $python bench/cached.py "$out/encoded" train.py --output_dir "$run" --seed "$seed" \
+            --llm_model_name_or_path demo/models/SmolLM2-135M-Instruct \
+            --whisper_model_name_or_path "$whisper" --bf16 True --data_path "$out/train.jsonl" \
+            --eval_data_path "$out/dev-fifth.jsonl" --eval_strategy steps --eval_steps 240 \
+            --per_device_train_batch_size 16 --per_device_eval_batch_size 20 --max_steps 1200 \
+            --learning_rate 1e-3 --lr_scheduler_type cosine --warmup_ratio 0.03 \
+            --dataloader_num_workers 1 --save_steps 240 --save_total_limit 1 \
+            --logging_steps 60 --report_to none
+    fi
+    if [ ! -e "$run/beams.md" ]; then
+        echo "== $run: recognising"
+        $python bench/cached.py "$out/encoded" recognize.py --data_path "$out/dev.jsonl" \
+            --projector_model_path "$run/model.safetensors" --bf16 True \
+            --num_beams 1 3 5 8 10 --result_path "$run/dev.jsonl" | tee "$run/beams.part"
+        mv "$run/beams.part" "$run/beams.md"
+    fi
+    if [ ! -e "$out/native-$name.jsonl" ]; then
+        echo "== $name: its own decoder"
+        $python bench/native.py --whisper_model_name_or_path "$whisper" \
+            --data_path "$out/dev.jsonl" --result_path "$out/native-$name.jsonl"
+    fi
+done
+$python bench/score.py --result_path "$out"/*/dev.beam*.jsonl "$out"/native-*.jsonl
