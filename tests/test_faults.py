@@ -126,7 +126,7 @@ MODELS = {
     "--projector_model_path text.safetensors": r"text.safetensors: .*Error while deserial",
     "--projector_model_path truncated.safetensors": r"truncated.safetensors: .*incomplete metadata",
     "--projector_model_path newer.safetensors": r"newer.safetensors is for format '9', not '4'",
-    "--projector_model_path narrow.safetensors": r"narrow.safetensors: .*size mismatch for projector",
+    "--projector_model_path narrow.safetensors": r"narrow.safetensors: .*size mismatch",
     "--llm_model_name_or_path other": r"for llm_model_name_or_path '.*qwen', not 'other'",
     "--whisper_model_name_or_path base": r"for whisper_model_name_or_path '.*tiny.pt', not 'base'",
     "--num_beams 0": r"wanted 1 or more, got args.num_beams=\[0\]",

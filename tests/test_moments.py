@@ -93,11 +93,16 @@ def newest(folder):
     return max((int(x.name[11:]) for x in folder.glob("checkpoint-*")), default=0)
 
 
-def interrupt(paths, folder, options, moment, sent):
-    """Train in `folder` until `moment` says so, send a signal, and return what was printed."""
+def interrupt(paths, folder, options, sent, step=0, delay=0):
+    """Train in `folder`, send a signal `delay` s after a new checkpoint, and return the output.
+
+    The checkpoint may be half written, and is of `step` or later.
+    """
+    step = max(step, newest(folder / "out") + 1)
     process = subprocess.Popen(**command(folder, "train", training(paths, options)))
-    while process.poll() is None and not moment():
+    while process.poll() is None and newest(folder / "out") < step:
         time.sleep(0.005)
+    time.sleep(delay)
     process.send_signal(sent)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode not in (0, None), printed
@@ -121,9 +126,7 @@ def test_control_c_and_sigterm_leave_a_whole_checkpoint(paths, tmp_path):
     options = "--max_steps 200 --save_steps 5 --save_total_limit 2"
     stopped, straight = tmp_path / "stopped", tmp_path / "straight"
     for step, sent in ((10, signal.SIGINT), (60, signal.SIGTERM)):
-        printed = interrupt(
-            paths, stopped, options, lambda step=step: newest(stopped / "out") >= step, sent
-        )
+        printed = interrupt(paths, stopped, options, sent, step)
         assert "Traceback" not in printed
         assert ("error: KeyboardInterrupt()" in printed) == (sent == signal.SIGINT)
         assert max(whole(stopped / "out")) < 200
@@ -137,33 +140,28 @@ def test_twenty_kills_at_random_moments_change_nothing(paths, tmp_path):
     options = "--max_steps 2000 --save_steps 3 --save_total_limit 2"
     killed, straight = tmp_path / "killed", tmp_path / "straight"
     finish(paths, straight, options)
-    rng, resumed = random.Random(0), [0]
+    rng, resumed = random.Random(0), []
     for _ in range(20):
-        delay, saved = rng.uniform(0, 1.5), []
-
-        def moment(delay=delay, saved=saved, last=resumed[-1]):
-            if newest(killed / "out") > last:  # seconds from the first checkpoint of this start
-                saved.append(time.perf_counter())
-            return saved and time.perf_counter() > saved[0] + delay
-
-        interrupt(paths, killed, options, moment, signal.SIGKILL)
+        interrupt(paths, killed, options, signal.SIGKILL, delay=rng.uniform(0, 1.5))
         resumed.append(max(whole(killed / "out")))
     finish(paths, killed, options)
     assert_same(killed, straight, 2000)
-    print(f"\n20 kills; the newest whole checkpoint after each: {resumed[1:]}")
+    print(f"\n20 kills; the newest whole checkpoint after each: {resumed}")
 
 
 @pytest.mark.long
 def test_memory_and_open_files_do_not_grow(paths, tmp_path):
-    options = training(paths, "--max_steps 2000 --save_steps 50 --save_total_limit 3")
-    options = f"{options} --logging_steps 100 --eval_data_path {paths.manifest} --eval_strategy steps --eval_steps 50"
+    options = "--max_steps 2000 --save_steps 50 --save_total_limit 3 --logging_steps 100"
+    options += f" --eval_data_path {paths.manifest} --eval_strategy steps --eval_steps 50"
+    options = training(paths, options)
     done = subprocess.run(**command(tmp_path, "train", options, WATCH), timeout=900)
     assert done.returncode == 0, done.stdout[-4000:]
     steps, memory, files = np.loadtxt(tmp_path / "watched").T
     slope = np.polyfit(steps[5:], memory[5:], 1)[0]
     print(f"\nmemory {memory[5:].min() / 1024:.0f} to {memory[5:].max() / 1024:.0f} MiB after step")
     print(f"500, {slope:.2f} KiB a step; open files {files[1:].min():.0f} to {files[1:].max():.0f}")
-    assert slope < 1 and len(set(files[1:])) == 1
+    # a batch's log-mel alone has 96 KiB
+    assert slope < 4 and len(set(files[1:])) == 1
     assert whole(tmp_path / "out") == [1900, 1950, 2000]
 
 
