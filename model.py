@@ -26,7 +26,6 @@ DEFAULTS = {"format": "4", "stride": "5", "hidden_dim": "2048", "prompt": PROMPT
 CTC_PIECES = 8192  # word pieces that the CTC loss always tells apart: the first are the most common
 CTC_SHARPNESS = 14.0  # logit of a position that equals a typical embedding; no certainty far off it
 BLANK_COSINE = 0.7  # audio nearer than this to the blank's embedding is not shown to the LLM
-PLACEHOLDER = "<|speech-goes-here|>"  # is rendered by the chat template, never tokenised
 IGNORE = -100  # the label of a position without loss, as in transformers and torch
 
 
@@ -62,12 +61,13 @@ def build_prompt(tokenizer, prompt: str) -> tuple[list[int], list[int], int]:
     # Qwen3 must not think aloud, and Llama 3's system turn must not change from day to day
     fixed = {"tokenize": False, "enable_thinking": False, "date_string": "26 Jul 2024"}
     render = partial(tokenizer.apply_chat_template, **fixed)
-    task, *examples = [*prompt.split("\n"), PLACEHOLDER]
+    # the last is rendered by the template, and marks the audio's place, but is never tokenised
+    task, *examples = [*prompt.split("\n"), "<|speech-goes-here|>"]
     # the user's and the assistant's in turn
     texts = [text for example in examples for text in (f"{task}\n▁{example}", f"▁{example}")]
     turns = [{"role": ("user", "assistant")[i % 2], "content": x} for i, x in enumerate(texts)]
-    before, after = render(turns[:-1], add_generation_prompt=True).split(f"▁{PLACEHOLDER}")
-    ends = encode(tokenizer, render(turns).rsplit(PLACEHOLDER, 1)[1].strip())
+    before, after = render(turns[:-1], add_generation_prompt=True).split(f"▁{examples[-1]}")
+    ends = encode(tokenizer, render(turns).rsplit(examples[-1], 1)[1].strip())
     return encode(tokenizer, before), encode(tokenizer, after), [*ends, tokenizer.eos_token_id][0]
 
 
@@ -191,9 +191,8 @@ class SpeechLLM(nn.Module):
         with each utterance's audio taken from the one before it in the batch, less the loss.
         """
         audio, lengths = self.project(**batch)
-        items, loss = num_items_in_batch or (labels != IGNORE).sum(), 0.0
-        if ctc:
-            loss = ctc * self.ctc_loss(audio, lengths, labels).sum() / items
+        items = num_items_in_batch or (labels != IGNORE).sum()
+        loss = ctc and ctc * self.ctc_loss(audio, lengths, labels).sum() / items
         if not ctc_alone:
             # indices, as a slice is not contiguous: for it a CPU would copy the classifier B times
             keep = torch.arange(-labels.shape[1], 0, device=labels.device)

@@ -86,6 +86,8 @@ def main(argv: list[str] | None = None) -> None:
     step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     if args.n_gpu > 1 or step < 1 or args.stride == 0:
         raise ValueError(f"wanted >= 1: {step=}, {args.stride=}; torchrun for more: {args.n_gpu=}")
+    if args.fp16:
+        print("warning: Qwen overflows in --fp16, and does not learn (grad_norm nan): use --bf16")
     train_rows = by_length(read_manifest(args.data_path), step, args.data_seed or args.seed)
     eval_rows = read_manifest(args.eval_data_path) if args.eval_data_path else None
 

@@ -290,3 +290,8 @@ def test_bad_input_ends_in_one_line(paths, tmp_path, manifest, message):
     [*_, head] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.stderr[done.stderr.index(head) :].startswith(f"error: {message}")
     assert "Traceback" not in done.stderr
+
+
+def test_half_precision_trains_with_a_warning(paths, tmp_path, capsys):
+    assert run(paths, tmp_path, "--max_steps", "1", "--fp16", "True")
+    assert "warning: Qwen overflows in --fp16" in capsys.readouterr().out
