@@ -24,8 +24,9 @@ from test_train import equal, log
 ROOT = Path(__file__).parents[1]
 # a command of the project, with code before our modules are imported, and after
 SCRIPT = """
-import sys
+import signal, sys
 sys.path.insert(0, {root!r})
+signal.signal(signal.SIGINT, signal.default_int_handler)  # is ignored where a shell runs it with &
 {before}
 import model, recognize, train
 {code}
