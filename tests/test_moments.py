@@ -100,11 +100,12 @@ def interrupt(paths, folder, options, sent, step=0, delay=0):
     The checkpoint may be half written, and is of `step` or later.
     """
     step = max(step, newest(folder / "out") + 1)
-    process = subprocess.Popen(**command(folder, "train", training(paths, options)))
+    run = command(folder, "train", training(paths, options))
+    process = subprocess.Popen(**run, start_new_session=True)
     while process.poll() is None and newest(folder / "out") < step:
         time.sleep(0.005)
     time.sleep(delay)
-    process.send_signal(sent)
+    os.killpg(process.pid, sent)  # data workers get it, too, as from a terminal
     printed, _ = process.communicate(timeout=60)
     assert process.returncode not in (0, None), printed
     return printed
@@ -124,7 +125,7 @@ def assert_same(one, other, steps):
 
 
 def test_control_c_and_sigterm_leave_a_whole_checkpoint(paths, tmp_path):
-    options = "--max_steps 200 --save_steps 5 --save_total_limit 2"
+    options = "--max_steps 200 --save_steps 5 --save_total_limit 2 --dataloader_num_workers 1"
     stopped, straight = tmp_path / "stopped", tmp_path / "straight"
     for step, sent in ((10, signal.SIGINT), (60, signal.SIGTERM)):
         printed = interrupt(paths, stopped, options, sent, step)
