@@ -44,9 +44,9 @@ recognize $untrained
 if [ ! -e $trained/trainer_state.json ]; then
     echo "== $trained: training; when it is stopped, the same command goes on"
     SECONDS=0
-    train --output_dir $trained --max_steps 900 --learning_rate 1e-3 --ctc_first 0.67 \
-        --eval_data_path demo/speech/dev.jsonl --eval_strategy steps --eval_steps 150 \
-        --save_steps 150 --save_total_limit 2
+    train --output_dir $trained --max_steps 1200 --learning_rate 1e-3 --ctc_first 0.75 \
+        --ctc_weight 1 --eval_data_path demo/speech/dev.jsonl --eval_strategy steps \
+        --eval_steps 200 --save_steps 200 --save_total_limit 2
     echo $SECONDS > $trained/seconds.txt
 fi
 recognize $trained
