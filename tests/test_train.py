@@ -268,7 +268,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_weight(paths, tmp_path
 
 def test_several_gpus_in_one_process_are_refused(paths, tmp_path, monkeypatch):
     monkeypatch.setattr(train.TrainingArguments, "n_gpu", 4)
-    with pytest.raises(ValueError, match=r"args.n_gpu=4 \(more: torchrun\)"):
+    with pytest.raises(ValueError, match="torchrun for more: args.n_gpu=4"):
         run(paths, tmp_path)
 
 
