@@ -29,12 +29,12 @@ def read_manifest(paths: list[str], default: str | None = None) -> list[dict]:
     rows, bad = [], []
     for manifest, number, line in (x for x in lines if x[2].strip()):
         try:
-            row = dict(json.loads(line))
+            row = {**json.loads(line)}
             wav, text = Path(manifest).parent / str(row.get("wav")), row.get("txt", default)
             if not (wav.is_file() and isinstance(text, str) and (text.strip() or text == default)):
                 raise ValueError(f'"wav" must be a file, got {wav}, and "txt" text, got {text!r}')
             rows.append({**row, "_path": str(wav), "_size": wav.stat().st_size, "_txt": text})
-        except (OSError, TypeError, ValueError) as error:  # TypeError from an array
+        except (OSError, TypeError, ValueError) as error:  # TypeError from what is no object
             bad.append(f"{manifest}:{number}: {error}, in {line[:80]!r}")
     if bad or not rows:
         raise ValueError("\n".join([f"{paths}: {len(rows)} good lines, {len(bad)} bad", *bad[:10]]))

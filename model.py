@@ -263,5 +263,5 @@ def load(projector_model_path=None, bf16=False, **given):
         if path:
             nn.ModuleDict({"projector": model.projector}).load_state_dict(load_file(path))
     except Exception as error:
-        raise ValueError(f"cannot load {given}, or the projector {path}: {error!r}") from error
+        raise ValueError(f"cannot load {given | {'projector': path}}: {error!r}") from error
     return model

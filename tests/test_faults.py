@@ -83,8 +83,9 @@ def refuse(*flags):
 
 MANIFESTS = {
     "{": r"m.jsonl:1: Expecting property name",
-    "[1]": r"m.jsonl:1: .* in b'\[1\]'",
-    "3": r"m.jsonl:1: .* in b'3'",
+    "[1]": r"m.jsonl:1: 'list' object is not a mapping, in b'\[1\]'",
+    '[["wav", "a.wav"]]': r"m.jsonl:1: 'list' object is not a mapping",
+    "3": r"m.jsonl:1: 'int' object is not a mapping, in b'3'",
     f"{GOOD}\n\n{{": r"m.jsonl:3: ",
     '{"txt": "x"}': r"m.jsonl:1: \"wav\" must be a file, got None",
     '{"wav": 3, "txt": "x"}': r"m.jsonl:1: \"wav\" must be a file, got 3",
@@ -120,13 +121,13 @@ def test_a_bad_manifest_or_its_audio_is_named(here, manifest):
 
 MODELS = {
     # flags of recognize.py -> its line
-    "--projector_model_path missing.safetensors": r"missing.safetensors: .*No such file",
-    "--projector_model_path folder": r"the projector folder: ",
-    "--projector_model_path a.wav": r"the projector a.wav: .*Error while deserializing header",
-    "--projector_model_path text.safetensors": r"text.safetensors: .*Error while deserial",
-    "--projector_model_path truncated.safetensors": r"truncated.safetensors: .*incomplete metadata",
+    "--projector_model_path missing.safetensors": r"missing.safetensors.}: .*No such file",
+    "--projector_model_path folder": r"'projector': 'folder'}: ",
+    "--projector_model_path a.wav": r"'projector': 'a.wav'}: .*Error while deserializing header",
+    "--projector_model_path text.safetensors": r"text.safetensors.}: .*Error while deserial",
+    "--projector_model_path truncated.safetensors": r"truncated.safetensors.}: .*incomplete metadata",
     "--projector_model_path newer.safetensors": r"newer.safetensors is for format '9', not '4'",
-    "--projector_model_path narrow.safetensors": r"narrow.safetensors: .*size mismatch",
+    "--projector_model_path narrow.safetensors": r"narrow.safetensors.}: .*size mismatch",
     "--llm_model_name_or_path other": r"for llm_model_name_or_path '.*qwen', not 'other'",
     "--whisper_model_name_or_path base": r"for whisper_model_name_or_path '.*tiny.pt', not 'base'",
     "--num_beams 0": r"wanted 1 or more, got args.num_beams=\[0\]",
