@@ -45,7 +45,7 @@ def load_audio(path: str):
     """Any file that libsndfile reads (wav, flac, ogg, opus, mp3) -> (S,) float32, mono, 16 kHz."""
     try:
         audio, rate = soundfile.read(path, dtype="float32", always_2d=True)  # (S, channels)
-    except (soundfile.LibsndfileError, MemoryError) as error:  # a header may lie about the size
+    except (soundfile.LibsndfileError, MemoryError, TypeError) as error:  # a false size; .raw
         raise ValueError(f"{path}: cannot be decoded as audio: {error}") from error
     audio = soxr.resample(audio.mean(axis=1), rate, SAMPLE_RATE)
     if not (len(audio) and abs(audio).max() < float("inf")):  # NaN is not less

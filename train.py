@@ -85,21 +85,21 @@ def main(argv: list[str] | None = None) -> None:
         deepspeed.init_distributed("gloo" if args.use_cpu else None, auto_mpi_discovery=False)
     step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     if args.n_gpu > 1 or step < 1 or args.stride == 0:
-        raise ValueError(f"wanted >= 1: {step=}, {args.stride=}; torchrun for more: {args.n_gpu=}")
+        raise ValueError(f"{args.n_gpu=}: start by torchrun; or not >= 1: {step=}, {args.stride=}")
     if args.fp16:
         print("warning: Qwen overflows in --fp16, and does not learn (grad_norm nan): use --bf16")
     train_rows = by_length(read_manifest(args.data_path), step, args.data_seed or args.seed)
     eval_rows = read_manifest(args.eval_data_path) if args.eval_data_path else None
 
     # the newest checkpoint that was written whole: its trainer_state.json comes last
-    states = Path(args.output_dir).glob("checkpoint-[0-9]*/trainer_state.json")
+    states = Path(args.output_dir).glob("checkpoint-*[0-9]/trainer_state.json")
     whole = {int(x.parent.name[11:]): x.parent for x in states if x.read_text().endswith("\n}\n")}
     if resume := args.resume_from_checkpoint or whole.get(max(whole, default=0)):
         args.projector_model_path = f"{resume}/model.safetensors"
         found = [len([*Path(resume).glob(x)]) for x in ("rng_state*", "global_step*")]
         # with another set-up its optimizer's states would be lost
-        if found != [args.world_size, bool(args.deepspeed)]:
-            raise ValueError(f"{resume}: [processes, ZeRO] {found}; anew: --projector_model_path")
+        if found != (here := [args.world_size, bool(args.deepspeed)]):
+            raise ValueError(f"{resume}: ranks, ZeRO {found}, not {here}: --projector_model_path?")
 
     transformers.set_seed(args.seed)  # for the projector's first weights
     model = load(**vars(args))

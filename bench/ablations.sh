@@ -29,7 +29,7 @@ for manifest, name, share, most in zip(manifests, ("train", "dev"), (1, 5), (5, 
     with published.open("w") as a, lower.open("w") as b:
         for row in rows:
             row["wav"] = str((manifest.parent / row["wav"]).resolve())
-            if soundfile.info(row["wav"]).duration > most:
+            if soundfile.info(row["wav"]).duration > most or not plain(row["txt"]):
                 continue
             print(json.dumps(row), file=a)
             row["txt"] = plain(row["txt"])

@@ -56,7 +56,7 @@ def manifest(path: Path, rows: list[dict]) -> None:
 def lower(source: str, out: str) -> None:
     rows = read_manifest([source])
     rows = [{"wav": str(Path(x["_path"]).resolve()), "txt": plain(x["txt"])} for x in rows]
-    manifest(Path(out), rows)
+    manifest(Path(out), [row for row in rows if row["txt"]])  # less those of digits alone, say
 
 
 def save(path: Path, audio: np.ndarray) -> None:

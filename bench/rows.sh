@@ -4,8 +4,8 @@
 #     bash bench/rows.sh TRAIN.jsonl DEV.jsonl OUT WHISPER.pt:SEED...
 #
 # from the repository's root, after demo/run.sh, whose LLM it uses. Each projector is trained on
-# 19,200 utterances of TRAIN, with the defaults of train.py (half an hour on one core), and DEV is
-# decoded with beams of 1 to 10. What is there already is not made again.
+# 19,200 utterances of TRAIN, the first half with the CTC loss alone (half an hour on one core), and
+# DEV is decoded with beams of 1 to 10. What is there already is not made again.
 set -euo pipefail
 source demo/environment.sh requirements.txt demo/requirements.txt bench/requirements.txt
 train=$1 dev=$2 out=$3

