@@ -19,21 +19,21 @@ SAMPLES_PER_POSITION = 2 * HOP_LENGTH  # the second convolution of Whisper's enc
 SILENCE = SAMPLE_RATE // 2  # samples; windows under 30 s are multiples, one at least being silence
 
 
-def read_manifest(paths: list[str], default: str | None = None) -> list[dict]:
+def read_manifest(paths: list[str], empty: str | None = None) -> list[dict]:
     """All utterances of the manifests in order, with `_path` and `_size` (bytes) of their audio.
 
     A relative `wav` is relative to its manifest. ValueError that counts the bad lines, and has the
-    first ten by file:line. `txt` may be missing or empty only where `default` is "", not None.
+    first ten by file:line. `txt` may be missing or empty only where `empty` is "", not None.
     """
     lines = ((p, i, x) for p in paths for i, x in enumerate(Path(p).read_bytes().split(b"\n"), 1))
     rows, bad = [], []
     for manifest, number, line in (x for x in lines if x[2].strip()):
         try:
             row = {**json.loads(line)}
-            wav, text = Path(manifest).parent / str(row.get("wav")), row.get("txt", default)
-            if not (wav.is_file() and isinstance(text, str) and (text.strip() or text == default)):
-                raise ValueError(f'"wav" must be a file, got {wav}, and "txt" text, got {text!r}')
-            rows.append({**row, "_path": str(wav), "_size": wav.stat().st_size, "_txt": text})
+            wav, txt = Path(manifest).parent / str(row.get("wav")), row.get("txt", empty)
+            if not (wav.is_file() and type(txt) is str and (txt.strip().encode() or txt == empty)):
+                raise ValueError(f'"wav" must be a file, got {wav}, and "txt" text, got {txt!r}')
+            rows.append({**row, "_path": str(wav), "_size": wav.stat().st_size, "_txt": txt})
         except (OSError, TypeError, ValueError) as error:  # TypeError from what is no object
             bad.append(f"{manifest}:{number}: {error}, in {line[:80]!r}")
     if bad or not rows:

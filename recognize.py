@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     [args] = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
     if min(args.batch_size, *args.num_beams) < 1:
         raise ValueError(f"wanted 1 or more, got {args.num_beams=}, {args.batch_size=}")
-    rows, path, table = read_manifest(args.data_path, default=""), Path(args.result_path), []
+    rows, path, table = read_manifest(args.data_path, empty=""), Path(args.result_path), []
     state = accelerate.PartialState(cpu=not torch.accelerator.is_available())
     part = Path(f"{path}.part" if state.is_main_process else "/dev/null")
     part.parent.mkdir(parents=True, exist_ok=True)

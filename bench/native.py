@@ -40,7 +40,7 @@ class Arguments:
 @torch.inference_mode()
 def main(argv: list[str] | None = None) -> None:
     [args] = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
-    rows = read_manifest(args.data_path, default="")
+    rows = read_manifest(args.data_path, empty="")
     part = Path(f"{args.result_path}.part")  # if it cannot be written, then before the work
     part.parent.mkdir(parents=True, exist_ok=True)
     part.touch()

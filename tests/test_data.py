@@ -35,7 +35,7 @@ def test_a_manifest_may_have_a_byte_order_mark_and_line_separators_in_its_text(t
 
 def test_text_may_be_missing_where_it_is_not_needed(tmp_path):
     path = write_manifest(tmp_path, '{"wav": "a.wav"}')
-    assert "txt" not in read_manifest([path], default="")[0]
+    assert "txt" not in read_manifest([path], empty="")[0]
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_ids_masks_and_labels_of_two_examples_written_by_hand(template, tmp_path
 
 def test_what_has_no_transcript_can_be_collated_for_decoding(paths, tmp_path):
     [row] = read_manifest([paths.manifest])[:1]
-    [bare] = read_manifest([write_manifest(tmp_path, f'{{"wav": "{row["_path"]}"}}')], default="")
+    [bare] = read_manifest([write_manifest(tmp_path, f'{{"wav": "{row["_path"]}"}}')], empty="")
     options = {"tokenizer": tiny.make_tokenizer(tiny.CHATML, "<|im_end|>"), "end_id": 7}
     options |= {"n_mels": 80, "stride": 5}
     batch, silent = collate([row], **options), collate([bare], **options)

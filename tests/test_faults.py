@@ -96,6 +96,7 @@ MANIFESTS = {
     '{"wav": "folder", "txt": "x"}': r"m.jsonl:1: \"wav\" must be a file, got folder",
     '{"wav": "fifo.wav", "txt": "x"}': r"m.jsonl:1: \"wav\" must be a file, got fifo.wav",
     b'{"wav": "a.wav", "txt": "caf\xe9"}': r"m.jsonl:1: 'utf-8' codec can't decode byte 0xe9",
+    '{"wav": "a.wav", "txt": "caf\\ud800"}': r"m.jsonl:1: .*surrogates not allowed",
     "": r"m.jsonl.*: 0 good lines, 0 bad",
     "\n \n": r"m.jsonl.*: 0 good lines, 0 bad",
     '{"wav": "zero.wav", "txt": "x"}': r"zero.wav: cannot be decoded as audio",

@@ -101,7 +101,7 @@ def test_large_files_come_first_and_results_in_the_order_of_the_manifest(
 
     monkeypatch.setattr(recognize, "collate", collate)
     model = load(projector)
-    rows = read_manifest([str(manifest)], default="")
+    rows = read_manifest([str(manifest)], empty="")
 
     class InProcess(torch.utils.data.DataLoader):
         def __init__(self, *args, num_workers=0, **options):
