@@ -4,7 +4,7 @@
 #     bash bench/rows.sh TRAIN.jsonl DEV.jsonl OUT WHISPER.pt:SEED...
 #
 # from the repository's root, after demo/run.sh, whose LLM it uses. Each projector is trained on
-# 19,200 utterances of TRAIN, the first half with the CTC loss alone (half an hour on one core), and
+# 19,200 utterances of TRAIN, the first half with the CTC loss alone (21 minutes on two cores), and
 # DEV is decoded with a beam of 5, as by Whisper's decoder. What is there already is not made again.
 set -euo pipefail
 source demo/environment.sh requirements.txt demo/requirements.txt bench/requirements.txt
