@@ -6,6 +6,7 @@ Shapes: B utterances, S samples, W windows of an utterance, M mel bins, F mel fr
 """
 
 import json
+from fileinput import FileInput
 from pathlib import Path
 
 import soundfile
@@ -20,22 +21,24 @@ SILENCE = SAMPLE_RATE // 2  # samples; windows under 30 s are multiples, one at 
 
 
 def read_manifest(paths: list[str], empty: str | None = None) -> list[dict]:
-    """All utterances of the manifests in order, with `_path` and `_size` (bytes) of their audio.
+    """All utterances of the manifests in order, with `_path` and `duration` (s) of their audio.
 
     A relative `wav` is relative to its manifest. ValueError that counts the bad lines, and has the
-    first ten by file:line. `txt` may be missing or empty only where `empty` is "", not None.
+    first ten by file:line; audio whose header cannot be read makes one, but where the line has its
+    `duration` it is not opened. `txt` may be missing or empty only where `empty` is "", not None.
     """
-    lines = ((p, i, x) for p in paths for i, x in enumerate(Path(p).read_bytes().split(b"\n"), 1))
-    rows, bad = [], []
-    for manifest, number, line in (x for x in lines if x[2].strip()):
+    rows, bad, file = [], [], FileInput(paths, mode="rb")  # noqa: SIM115, it closes at its end
+    for line in filter(None, map(bytes.strip, file)):
         try:
             row = {**json.loads(line)}
-            wav, txt = Path(manifest).parent / str(row.get("wav")), row.get("txt", empty)
-            if not (wav.is_file() and type(txt) is str and (txt.strip().encode() or txt == empty)):
-                raise ValueError(f'"wav" must be a file, got {wav}, and "txt" text, got {txt!r}')
-            rows.append({**row, "_path": str(wav), "_size": wav.stat().st_size, "_txt": txt})
-        except (OSError, TypeError, ValueError) as error:  # TypeError from what is no object
-            bad.append(f"{manifest}:{number}: {error}, in {line[:80]!r}")
+            wav, txt = Path(file.filename()).parent / str(row.get("wav")), row.get("txt", empty)
+            seconds = wav.is_file() and (row.get("duration") or soundfile.info(wav).duration)
+            if not (seconds and type(txt) is str and (txt.strip().encode() or txt == empty)):
+                raise ValueError(f'"wav" must be audio, got {wav}, and "txt" text, got {txt!r}')
+            rows.append({**row, "_path": str(wav), "_txt": txt, "duration": round(seconds, 2)})
+        # TypeError from what is no object, and from .raw
+        except (OSError, TypeError, ValueError, soundfile.LibsndfileError) as error:
+            bad.append(f"{file.filename()}:{file.filelineno()}: {error}, in {line[:80]!r}")
     if bad or not rows:
         raise ValueError("\n".join([f"{paths}: {len(rows)} good lines, {len(bad)} bad", *bad[:10]]))
     return rows
@@ -45,7 +48,7 @@ def load_audio(path: str):
     """Any file that libsndfile reads (wav, flac, ogg, opus, mp3) -> (S,) float32, mono, 16 kHz."""
     try:
         audio, rate = soundfile.read(path, dtype="float32", always_2d=True)  # (S, channels)
-    except (soundfile.LibsndfileError, MemoryError, TypeError) as error:  # a false size; .raw
+    except (soundfile.LibsndfileError, MemoryError, ValueError) as error:  # a false size
         raise ValueError(f"{path}: cannot be decoded as audio: {error}") from error
     audio = soxr.resample(audio.mean(axis=1), rate, SAMPLE_RATE)
     if not (len(audio) and abs(audio).max() < float("inf")):  # NaN is not less

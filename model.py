@@ -246,22 +246,22 @@ def load(projector_model_path=None, bf16=False, **given):
     prompt. What is missing or None is the projector file's, or else the default. ValueError where
     they differ; but a model may have moved: the last part of its path must be the same.
     """
-    path, dtype = projector_model_path, torch.bfloat16 if bf16 else torch.float32
+    path, what, dtype = projector_model_path, None, torch.bfloat16 if bf16 else torch.float32
     given = {k: str(x) for k, x in given.items() if x and ("_name_or_path" in k or k in DEFAULTS)}
     try:
-        saved = (safe_open(path, "pt").metadata() or {}) if path else {}
+        saved = (safe_open(what := path, "pt").metadata() or {}) if path else {}
         for key, value in {"format": DEFAULTS["format"], **given}.items():
             part = (lambda x: Path(x).name.removesuffix(".pt")) if "path" in key else str
             if path and part(saved.get(key, "")) != part(value):
                 raise ValueError(f"{path} is for {key} {saved.get(key)!r}, not {value!r}")
-        settings = {**DEFAULTS, **saved, **given}
+        spec = {**DEFAULTS, **saved, **given}
         with PartialState().local_main_process_first():  # one process downloads
-            encoder = whisper.load_model(settings["whisper_model_name_or_path"], "cpu").encoder
-        tokenizer = AutoTokenizer.from_pretrained(settings["llm_model_name_or_path"])
-        llm = AutoModelForCausalLM.from_pretrained(settings["llm_model_name_or_path"], dtype=dtype)
-        model = SpeechLLM(encoder, llm, tokenizer, settings)
+            encoder = whisper.load_model(what := spec["whisper_model_name_or_path"], "cpu").encoder
+        tokenizer = AutoTokenizer.from_pretrained(what := spec["llm_model_name_or_path"])
+        llm = AutoModelForCausalLM.from_pretrained(what, dtype=dtype)
+        model = SpeechLLM(encoder, llm, tokenizer, spec)
         if path:
-            nn.ModuleDict({"projector": model.projector}).load_state_dict(load_file(path))
+            nn.ModuleDict({"projector": model.projector}).load_state_dict(load_file(what := path))
     except Exception as error:
-        raise ValueError(f"cannot load {given | {'projector': path}}: {error!r}") from error
+        raise ValueError(f"cannot load {what}: {error!r}") from error
     return model

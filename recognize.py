@@ -19,7 +19,7 @@ import torch
 from transformers.hf_argparser import HfArg, HfArgumentParser
 from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 
-from data import SAMPLE_RATE, SAMPLES_PER_POSITION, collate, read_manifest
+from data import collate, read_manifest
 from model import load, run
 
 
@@ -36,18 +36,17 @@ class Arguments:
 
 
 def recognize(model, rows: list[dict], batch_size: int, num_beams: int):
-    """Add to each row its hypothesis, `hyp`, and `duration`, in s, and yield it, large files first.
+    """Add to each row of `read_manifest` its hypothesis, `hyp`, and yield it, long audio first.
 
     Several processes share the batches out, and each of them yields all rows.
     """
-    rows, accelerator = sorted(rows, key=lambda row: -row["_size"]), accelerate.Accelerator()
+    rows, accelerator = sorted(rows, key=lambda row: -row["duration"]), accelerate.Accelerator()
     collator, pending = partial(collate, **model.collation), iter(rows)
     loader = torch.utils.data.DataLoader(rows, batch_size, collate_fn=collator, num_workers=2)
     for batch in accelerate.utils.tqdm(accelerator.prepare(loader)):
         texts = model.tokenizer.batch_decode(model.generate(num_beams, **batch), True)
-        found = zip(texts, (batch["encoder_lengths"] * SAMPLES_PER_POSITION / SAMPLE_RATE).tolist())
-        for (text, seconds), row in zip(accelerator.gather_for_metrics([*found], True), pending):
-            row |= {"hyp": " ".join(text.split()), "duration": round(seconds, 2)}
+        for text, row in zip(accelerator.gather_for_metrics(texts, True), pending):
+            row["hyp"] = " ".join(text.split())
             yield row
 
 

@@ -41,11 +41,11 @@ class TrainingArguments(transformers.TrainingArguments):
 def by_length(rows: list[dict], size: int, seed: int) -> list[dict]:
     """Rows so that each `size` of them are of about one length, in random order of these batches.
 
-    Not from long to short, which does harm. Bytes tell lengths apart nearly as well as seconds, and
-    without reading the audio; a row that comes twice is moved a little, to another batch.
+    Not from long to short, which does harm. A row that comes twice is moved a little, to another
+    batch.
     """
     draw = random.Random(seed)
-    rows = sorted(rows, key=lambda row: row["_size"] * draw.uniform(0.95, 1.05))
+    rows = sorted(rows, key=lambda row: row["duration"] * draw.uniform(0.95, 1.05))
     batches = [rows[i : i + size] for i in range(0, len(rows), size)]
     # at random, but last the one that may be short
     return [x for b in sorted(batches, key=lambda b: (len(b) < size, draw.random())) for x in b]
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         deepspeed.ops.__compatible_ops__ = {}  # gloo, and nothing to compile
         deepspeed.init_distributed("gloo" if args.use_cpu else None, auto_mpi_discovery=False)
     step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    if args.n_gpu > 1 or step < 1 or args.stride == 0:
+    if args.n_gpu > 1 or step < 1 or not (args.stride is None or args.stride > 0):
         raise ValueError(f"{args.n_gpu=}: start by torchrun; or not >= 1: {step=}, {args.stride=}")
     if args.fp16:
         print("warning: Qwen overflows in --fp16, and does not learn (grad_norm nan): use --bf16")

@@ -147,7 +147,7 @@ class Flow:
             count = max(self.args.batches // 4, 1)
         # short batches and long ones: the middle of each of `count` shares of equal size
         batches = [rows[start : start + size] for start in range(0, len(rows) - size + 1, size)]
-        batches.sort(key=lambda batch: batch[0]["_size"])
+        batches.sort(key=lambda batch: batch[0]["duration"])
         chosen = [batches[int((k + 0.5) * len(batches) / count)] for k in range(count)]
         return self.steps(sum(chosen, []), size, **options)
 
@@ -174,10 +174,10 @@ class Flow:
 
     @torch.inference_mode()
     def decode(self, tokens: list[int] | None = None) -> dict:
-        """The first batches of the manifest, by size; the reference's with at most these tokens."""
+        """The first batches of the manifest; the reference's with at most these tokens."""
         self.attend("sdpa")
         rows = self.rows[: self.args.batch_size * max(self.args.batches // 4, 1)]
-        rows, sizes = sorted(rows, key=lambda row: -row["_size"]), []
+        rows, sizes = sorted(rows, key=lambda row: -row["duration"]), []
         start = time.perf_counter()
         for i, batch in enumerate(self.loader(rows, self.args.batch_size)):
             batch = send_to_device(batch, self.device)
@@ -334,7 +334,7 @@ def padding(args: Arguments) -> str:
     table = f"order, batches of {size} | padding\n---|---\n"
     shuffled = random.Random(0).sample(rows, len(rows))
     for name, order in (("at random", shuffled), ("by length", by_length(rows, size, seed=42))):
-        durations = torch.tensor([soundfile.info(row["_path"]).duration for row in order])
+        durations = torch.tensor([row["duration"] for row in order])
         filled = sum(len(batch) * batch.max() for batch in durations.split(size))
         table += f"{name} | {100 * (1 - durations.sum() / filled):.1f} %\n"
     return table
@@ -342,27 +342,32 @@ def padding(args: Arguments) -> str:
 
 def startup(args: Arguments) -> str:
     """Seconds until a manifest is read, and for train.py with one step."""
-    table = "lines of the manifest | seconds to read it | memory of the process\n---|---|---\n"
+    table = "audio | lines of the manifest | seconds to read it | memory of the process\n"
+    table += "---|---|---|---\n"
     code = "import data, sys, time; start = time.time(); data.read_manifest(sys.argv[1:]);"
     code += (
         "print(time.time() - start, open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
     )
+    noise = torch.randn(4 * 16_000).numpy() / 10
     with tempfile.TemporaryDirectory() as folder:
         for i in range(1000):
-            Path(folder, f"{i}.wav").touch()
-        for lines in (1_000, 100_000, 1_000_000):
-            path = Path(folder, "manifest.jsonl")
-            with path.open("w") as file:
-                for i in range(lines):
-                    print(
-                        json.dumps({"wav": f"{i % 1000}.wav", "txt": "some words " * 5}), file=file
-                    )
-            command = [sys.executable, "-c", code, str(path)]
-            out = subprocess.run(
-                command, cwd=ROOT, capture_output=True, text=True, check=True
-            ).stdout
-            seconds, peak = out.split()
-            table += f"{lines} | {float(seconds):.2f} | {int(peak) / 2**20:.2f} GiB\n"
+            soundfile.write(Path(folder, f"{i}.wav"), noise, 16_000)
+            soundfile.write(Path(folder, f"{i}.ogg"), noise, 16_000, subtype="OPUS")
+        kinds = {"any, with its duration": ("wav", {"duration": 4.0})}
+        kinds |= {"wav": ("wav", {}), "opus": ("ogg", {})}
+        for name, (suffix, keys) in kinds.items():
+            for lines in (1_000, 100_000, 1_000_000):
+                path = Path(folder, "manifest.jsonl")
+                with path.open("w") as file:
+                    for i in range(lines):
+                        row = {"wav": f"{i % 1000}.{suffix}", "txt": "some words " * 5, **keys}
+                        print(json.dumps(row), file=file)
+                command = [sys.executable, "-c", code, str(path)]
+                out = subprocess.run(
+                    command, cwd=ROOT, capture_output=True, text=True, check=True
+                ).stdout
+                seconds, peak = out.split()
+                table += f"{name} | {lines} | {float(seconds):.2f} | {int(peak) / 2**20:.2f} GiB\n"
         command = [sys.executable, "train.py", "--output_dir", folder, "--max_steps", "1"]
         command += ["--data_path", *args.data_path, "--bf16", "True", "--report_to", "none"]
         command += ["--llm_model_name_or_path", args.llm_model_name_or_path]

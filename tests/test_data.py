@@ -24,8 +24,17 @@ def test_manifests_are_read_in_order_and_one_named_twice_counts_twice(paths, tmp
     assert len(rows) == 1 + len(tiny.TEXTS) + 1
     assert rows[0] == rows[-1]
     audio = tmp_path / "a.wav"
-    private = {"_path": str(audio), "_size": audio.stat().st_size, "_txt": "one"}
-    assert rows[0] == {"wav": "a.wav", "txt": "one", "spk": 7} | private
+    added = {"_path": str(audio), "_txt": "one", "duration": 0.1}
+    assert rows[0] == {"wav": "a.wav", "txt": "one", "spk": 7} | added
+
+
+def test_audio_whose_duration_the_manifest_has_is_not_opened(tmp_path):
+    path = write_manifest(tmp_path, '{"wav": "b.wav", "txt": "one", "duration": 7.125}')
+    (tmp_path / "b.wav").write_text("no audio")
+    assert read_manifest([path])[0]["duration"] == 7.12
+    path = write_manifest(tmp_path, '{"wav": "b.wav", "txt": "one", "duration": "7"}')
+    with pytest.raises(ValueError, match="m.jsonl:1: type str doesn't define __round__ method"):
+        read_manifest([path])
 
 
 def test_a_manifest_may_have_a_byte_order_mark_and_line_separators_in_its_text(tmp_path):
@@ -43,10 +52,10 @@ def test_text_may_be_missing_where_it_is_not_needed(tmp_path):
     [
         ("hello", "m.jsonl:2: Expecting value: line 1 column 1 .*, in b'hello'"),
         ("[1, 2]", r"m.jsonl:2: .*, in b'\[1, 2\]'"),
-        ('{"txt": "x"}', 'm.jsonl:2: "wav" must be a file, got .*None'),
+        ('{"txt": "x"}', 'm.jsonl:2: "wav" must be audio, got .*None'),
         ('{"wav": "a.wav"}', 'm.jsonl:2: .*, and "txt" text, got None'),
         ('{"wav": "a.wav", "txt": 5}', 'm.jsonl:2: .*, and "txt" text, got 5, in .*"txt": 5'),
-        ('{"wav": "b.wav", "txt": "x"}', 'm.jsonl:2: "wav" must be a file, got .*b.wav, and'),
+        ('{"wav": "b.wav", "txt": "x"}', 'm.jsonl:2: "wav" must be audio, got .*b.wav, and'),
     ],
 )
 def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, message):

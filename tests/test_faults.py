@@ -3,11 +3,13 @@
 All of them as they are printed: bash tests/run.sh tests/test_faults.py -rP
 """
 
+import json
 import os
 import pickle
 import random
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -88,22 +90,22 @@ MANIFESTS = {
     '[["wav", "a.wav"]]': r"m.jsonl:1: 'list' object is not a mapping",
     "3": r"m.jsonl:1: 'int' object is not a mapping, in b'3'",
     f"{GOOD}\n\n{{": r"m.jsonl:3: ",
-    '{"txt": "x"}': r"m.jsonl:1: \"wav\" must be a file, got None",
-    '{"wav": 3, "txt": "x"}': r"m.jsonl:1: \"wav\" must be a file, got 3",
+    '{"txt": "x"}': r"m.jsonl:1: \"wav\" must be audio, got None",
+    '{"wav": 3, "txt": "x"}': r"m.jsonl:1: \"wav\" must be audio, got 3",
     '{"wav": "a.wav", "txt": 3}': r"m.jsonl:1: .*\"txt\" text, got 3",
     '{"wav": "a.wav", "txt": null}': r"m.jsonl:1: .*\"txt\" text, got None",
-    '{"wav": "b.wav", "txt": "x"}': r"m.jsonl:1: \"wav\" must be a file, got b.wav",
-    '{"wav": "folder", "txt": "x"}': r"m.jsonl:1: \"wav\" must be a file, got folder",
-    '{"wav": "fifo.wav", "txt": "x"}': r"m.jsonl:1: \"wav\" must be a file, got fifo.wav",
+    '{"wav": "b.wav", "txt": "x"}': r"m.jsonl:1: \"wav\" must be audio, got b.wav",
+    '{"wav": "folder", "txt": "x"}': r"m.jsonl:1: \"wav\" must be audio, got folder",
+    '{"wav": "fifo.wav", "txt": "x"}': r"m.jsonl:1: \"wav\" must be audio, got fifo.wav",
     b'{"wav": "a.wav", "txt": "caf\xe9"}': r"m.jsonl:1: 'utf-8' codec can't decode byte 0xe9",
     '{"wav": "a.wav", "txt": "caf\\ud800"}': r"m.jsonl:1: .*surrogates not allowed",
     "": r"m.jsonl.*: 0 good lines, 0 bad",
     "\n \n": r"m.jsonl.*: 0 good lines, 0 bad",
-    '{"wav": "zero.wav", "txt": "x"}': r"zero.wav: cannot be decoded as audio",
-    '{"wav": "cut.wav", "txt": "x"}': r"cut.wav: cannot be decoded as audio",
-    '{"wav": "text.wav", "txt": "x"}': r"text.wav: cannot be decoded as audio",
-    '{"wav": "noise.raw", "txt": "x"}': r"noise.raw: cannot be decoded as audio",
-    '{"wav": "none.wav", "txt": "x"}': r"none.wav: holds no audio",
+    '{"wav": "zero.wav", "txt": "x"}': r"m.jsonl:1: Error opening 'zero.wav': ",
+    '{"wav": "cut.wav", "txt": "x"}': r"m.jsonl:1: Error opening 'cut.wav': ",
+    '{"wav": "text.wav", "txt": "x"}': r"m.jsonl:1: Error opening 'text.wav': ",
+    '{"wav": "noise.raw", "txt": "x"}': r"m.jsonl:1: samplerate must be specified, in .*noise.raw",
+    '{"wav": "none.wav", "txt": "x"}': r"m.jsonl:1: \"wav\" must be audio, got none.wav",
     '{"wav": "nan.wav", "txt": "x"}': r"nan.wav: holds no audio, or samples that are no numbers",
 }
 
@@ -115,6 +117,16 @@ def test_all_bad_lines_are_counted_and_ten_are_named(here):
     assert [line.split(" ")[0] for line in named] == [f"m.jsonl:{i}:" for i in range(2, 12)]
 
 
+def test_bad_audio_counts_as_bad_lines_before_models_load(here, monkeypatch):
+    monkeypatch.setattr(recognize, "load", None)
+    names = ("zero.wav", "cut.wav", "text.wav", "none.wav", "noise.raw", "folder", "fifo.wav")
+    lines = [json.dumps({"wav": name, "txt": "x"}) for name in names]
+    Path("m.jsonl").write_text("\n".join([GOOD, *lines]))
+    head, *named = refuse().splitlines()
+    assert head == "error: ['m.jsonl']: 1 good lines, 7 bad"
+    assert [name in line for name, line in zip(names, named, strict=True)] == [True] * 7
+
+
 @pytest.mark.parametrize("manifest", MANIFESTS)
 def test_a_bad_manifest_or_its_audio_is_named(here, manifest):
     Path("m.jsonl").write_bytes(manifest if isinstance(manifest, bytes) else manifest.encode())
@@ -124,13 +136,13 @@ def test_a_bad_manifest_or_its_audio_is_named(here, manifest):
 
 MODELS = {
     # flags of recognize.py -> its line
-    "--projector_model_path missing.safetensors": r"missing.safetensors.}: .*No such file",
-    "--projector_model_path folder": r"'projector': 'folder'}: OSError",
-    "--projector_model_path a.wav": r"'projector': 'a.wav'}: .*Error while deserializing header",
-    "--projector_model_path text.safetensors": r"text.safetensors.}: .*Error while deserial",
-    "--projector_model_path truncated.safetensors": r"truncated.safetensors.}.*incomplete metadata",
+    "--projector_model_path missing.safetensors": r"load missing.safetensors: .*No such file",
+    "--projector_model_path folder": r"cannot load folder: OSError",
+    "--projector_model_path a.wav": r"cannot load a.wav: .*Error while deserializing header",
+    "--projector_model_path text.safetensors": r"load text.safetensors: .*deserializing",
+    "--projector_model_path truncated.safetensors": r"load truncated.safetensors: .*incomplete",
     "--projector_model_path newer.safetensors": r"newer.safetensors is for format '9', not '4'",
-    "--projector_model_path narrow.safetensors": r"narrow.safetensors.}: .*size mismatch",
+    "--projector_model_path narrow.safetensors": r"cannot load narrow.safetensors: .*size mismatch",
     "--llm_model_name_or_path other": r"for llm_model_name_or_path '.*qwen', not 'other'",
     "--whisper_model_name_or_path base": r"for whisper_model_name_or_path '.*tiny.pt', not 'base'",
     "--num_beams 0": r"wanted 1 or more, got args.num_beams=\[0\]",
@@ -154,14 +166,14 @@ TRAINING = {
     # flags of train.py -> its line
     "--whisper_model_name_or_path huge": rf"Model huge not found; {VALID}",
     "--whisper_model_name_or_path missing.pt": rf"Model missing.pt not found; {VALID}",
-    "--whisper_model_name_or_path text.pt": r"cannot load .*text.pt.*KeyError",
-    "--whisper_model_name_or_path code.pt": r"Weights only load failed",
-    "--whisper_model_name_or_path code-zip.pt": r"Weights only load failed",
-    "--llm_model_name_or_path no/such/model": r"cannot load .*: OSError.*no/such/model",
+    "--whisper_model_name_or_path text.pt": r"cannot load text.pt: KeyError",
+    "--whisper_model_name_or_path code.pt": r"cannot load code.pt: .*Weights only load failed",
+    "--whisper_model_name_or_path code-zip.pt": r"load code-zip.pt: .*Weights only load",
+    "--llm_model_name_or_path no/such/model": r"cannot load no/such/model: OSError",
     "--output_dir a.wav": r"File exists: 'a.wav'",
     "--output_dir /proc/exp": r"No such file or directory: '/proc/exp'",
     "--model_max_length 3": r"a.wav: --model_max_length 3 is less than 8",
-    "--stride -1": r"cannot load .*negative dimension -1",
+    "--stride -1": r"not >= 1: step=8, args.stride=-1",
     "--stride 0": r"not >= 1: step=8, args.stride=0",
     "--per_device_train_batch_size 0": r"not >= 1: step=0, ",
     "--gradient_accumulation_steps 0": r"not >= 1: step=0, ",
@@ -204,6 +216,14 @@ def mutate(content: bytes, rng: random.Random) -> bytes:
     return content
 
 
+def hear(path: str) -> None:
+    """Read the header of audio, as for a manifest, and then the whole."""
+    Path("m.jsonl").write_text(json.dumps({"wav": path, "txt": "x"}))
+    with suppress(ValueError):
+        read_manifest(["m.jsonl"])
+    load_audio(path)
+
+
 @pytest.mark.parametrize("name, count", [("jsonl", 600), ("safetensors", 200), ("audio", 1200)])
 def test_damaged_files_end_in_our_error_or_are_read(here, name, count):
     rng, outcomes = random.Random(0), {"read": 0, "refused": 0}
@@ -212,7 +232,7 @@ def test_damaged_files_end_in_our_error_or_are_read(here, name, count):
         soundfile.write(f"tone.{suffix}", tone, 16_000, subtype=kind)
     Path("good.jsonl").write_text(f"{GOOD}\n" * 3)
     audio = [f"tone.{suffix}" for suffix in ("wav", "flac", "mp3", "ogg")]
-    readers = {"audio": load_audio, "jsonl": lambda path: read_manifest([path])}
+    readers = {"audio": hear, "jsonl": lambda path: read_manifest([path])}
     read = readers.get(name, model.load)
     for _ in range(count):
         source = Path(rng.choice(audio) if name == "audio" else f"good.{name}")

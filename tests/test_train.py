@@ -156,17 +156,17 @@ def test_the_same_command_resumes_exactly_from_the_newest_checkpoint(paths, tmp_
 
 
 def test_batches_are_of_utterances_about_as_long_in_random_order():
-    sizes = [int(x) for x in torch.randint(1_000, 100_000, (4_003,))]
-    rows = [{"_size": size, "i": i} for i, size in enumerate(sizes)]
+    durations = [int(x) / 100 for x in torch.randint(100, 1_000, (4_003,))]
+    rows = [{"duration": seconds, "i": i} for i, seconds in enumerate(durations)]
     rows += rows  # a manifest that is named twice
     ordered = train.by_length(rows, 8, seed=42)
     assert ordered == train.by_length(rows, 8, seed=42) != train.by_length(rows, 8, seed=7)
     assert sorted(row["i"] for row in ordered) == sorted([*range(4_003)] * 2)
     batches = [ordered[start : start + 8] for start in range(0, 8_006, 8)]
     assert len(batches[-1]) == 6
-    padded = sum(len(batch) * max(row["_size"] for row in batch) for batch in batches)
-    assert padded < 1.1 * 2 * sum(sizes)  # and 1.7 times as much in batches at random
-    longest = torch.tensor([max(row["_size"] for row in batch) for batch in batches]).float()
+    padded = sum(len(batch) * max(row["duration"] for row in batch) for batch in batches)
+    assert padded < 1.1 * 2 * sum(durations)  # and 1.7 times as much in batches at random
+    longest = torch.tensor([max(row["duration"] for row in batch) for batch in batches]).float()
     falls = (longest[1:] < longest[:-1]).float().mean()
     assert 0.3 < falls < 0.7  # neither from long to short nor from short to long
     both = sum(len({row["i"] for row in batch}) < len(batch) for batch in batches)
