@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# A row for each encoder and seed, beside the encoder's own decoder:
+# A row for each encoder, LLM, stride and seed, beside the encoder's own decoder:
 #
-#     bash bench/rows.sh TRAIN.jsonl DEV.jsonl OUT WHISPER.pt:SEED...
+#     bash bench/rows.sh TRAIN.jsonl DEV.jsonl OUT ENCODER:LLM:STRIDE:SEED...
 #
-# from the repository's root, after demo/run.sh, whose LLM it uses. Each projector is trained on
-# 19,200 utterances of TRAIN, the first half with the CTC loss alone (21 minutes on two cores), and
-# DEV is decoded with a beam of 5, as by Whisper's decoder. What is there already is not made again.
+# from the repository's root, such as base:SmolLM2-135M-Instruct:5:42; the models are those that
+# demo/models.py made in demo/models. Each projector is trained on 19,200 utterances of TRAIN, the
+# first half with the CTC loss alone (21 minutes on two cores), and DEV is decoded with a beam of 5,
+# as by Whisper's decoder. What is there already is not made again.
 set -euo pipefail
 source demo/environment.sh requirements.txt demo/requirements.txt bench/requirements.txt
 train=$1 dev=$2 out=$3
@@ -16,13 +17,12 @@ mkdir -p "$out"
 awk 'NR % 5 == 1' "$out/dev.jsonl" > "$out/dev-fifth.jsonl"
 
 for row in "${@:4}"; do
-    whisper=${row%:*} seed=${row##*:}
-    name=$(basename "$whisper" .pt)
-    run=$out/$name-$seed
+    IFS=: read -r encoder llm stride seed <<< "$row"
+    whisper=demo/models/$encoder.pt run=$out/$encoder-$llm-$stride-$seed
     if [ ! -e "$run/model.safetensors" ]; then
         echo "== $run: training"
         $python bench/cached.py "$out/encoded" train.py --output_dir "$run" --seed "$seed" \
-            --llm_model_name_or_path demo/models/SmolLM2-135M-Instruct \
+            --llm_model_name_or_path "demo/models/$llm" --stride "$stride" \
             --whisper_model_name_or_path "$whisper" --bf16 True --data_path "$out/train.jsonl" \
             --eval_data_path "$out/dev-fifth.jsonl" --eval_strategy steps --eval_steps 240 \
             --per_device_train_batch_size 16 --per_device_eval_batch_size 20 --max_steps 1200 \
@@ -36,10 +36,10 @@ for row in "${@:4}"; do
             --projector_model_path "$run/model.safetensors" --bf16 True \
             --num_beams 5 --result_path "$run/dev.jsonl"
     fi
-    if [ ! -e "$out/native-$name.jsonl" ]; then
-        echo "== $name: its own decoder"
+    if [ ! -e "$out/native-$encoder.jsonl" ]; then
+        echo "== $encoder: its own decoder"
         $python bench/native.py --whisper_model_name_or_path "$whisper" \
-            --data_path "$out/dev.jsonl" --result_path "$out/native-$name.jsonl"
+            --data_path "$out/dev.jsonl" --result_path "$out/native-$encoder.jsonl"
     fi
 done
 $python bench/score.py --result_path "$out"/*/dev.jsonl "$out"/native-*.jsonl

