@@ -596,12 +596,12 @@ def test_a_projector_of_other_sizes_is_refused(paths, tmp_path):
 
 def test_files_that_are_no_projector_are_refused(paths, tmp_path):
     path = str(tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="projector.*model.safetensors'}: .*No such file"):
+    with pytest.raises(ValueError, match="cannot load .*model.safetensors: .*No such file"):
         load(path)
     Path(path).write_bytes(b"not a projector")
-    with pytest.raises(ValueError, match="projector.*model.safetensors'}: .*Error while deser"):
+    with pytest.raises(ValueError, match="cannot load .*model.safetensors: .*Error while d"):
         load(path)
-    with pytest.raises(ValueError, match=f"'projector': '{tmp_path}'}}: "):  # a folder
+    with pytest.raises(ValueError, match=f"cannot load {tmp_path}: "):  # a folder
         load(str(tmp_path))
     load_tiny(paths).save_projector(path)
     weights = load_file(path)
