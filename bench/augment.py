@@ -60,7 +60,7 @@ def lower(source: str, out: str) -> None:
 
 
 def save(path: Path, audio: np.ndarray) -> None:
-    soundfile.write(path, audio.clip(-1, 1), SAMPLE_RATE, format="OGG", subtype="OPUS")
+    soundfile.write(path, audio.clip(-1, 1), SAMPLE_RATE)
 
 
 def speed(source: str, out: str, *factors: str) -> None:
@@ -69,7 +69,7 @@ def speed(source: str, out: str, *factors: str) -> None:
     for i, row in enumerate(tqdm(read_manifest([source]), f"{out}: speed")):
         audio = load_audio(row["_path"])
         for factor in factors:
-            name = f"{i:05}-{factor}.ogg"
+            name = f"{i:05}-{factor}.flac"
             save(folder / name, soxr.resample(audio, SAMPLE_RATE * float(factor), SAMPLE_RATE))
             rows.append({"wav": name, "txt": row["txt"]})
     manifest(folder / "manifest.jsonl", rows)
@@ -120,8 +120,8 @@ def speak(source: str, out: str) -> None:
         audio = np.asarray(voice(text, speed=rng.uniform(0.75, 1.25), seed=i), np.float32)
         audio = soxr.resample(audio, VOICE_RATE * rng.choice(PITCHES), SAMPLE_RATE)
         noise = np.random.default_rng(i).normal(0, 10 ** rng.uniform(-4.5, -2.3), len(audio))
-        save(folder / f"{i:05}.ogg", rng.uniform(0.3, 1) * audio + noise.astype(np.float32))
-        rows.append({"wav": f"{i:05}.ogg", "txt": text})
+        save(folder / f"{i:05}.flac", rng.uniform(0.3, 1) * audio + noise.astype(np.float32))
+        rows.append({"wav": f"{i:05}.flac", "txt": text})
     manifest(folder / "manifest.jsonl", rows)
 
 
