@@ -44,9 +44,10 @@ def recognize(model, rows: list[dict], batch_size: int, num_beams: int):
     collator, pending = partial(collate, **model.collation), iter(rows)
     loader = torch.utils.data.DataLoader(rows, batch_size, collate_fn=collator, num_workers=2)
     for batch in accelerate.utils.tqdm(accelerator.prepare(loader)):
-        texts = model.tokenizer.batch_decode(model.generate(num_beams, **batch), True)
-        for text, row in zip(accelerator.gather_for_metrics(texts, True), pending):
-            row["hyp"] = " ".join(text.split())
+        # the end need not be a special token, which decode() would leave out
+        ids = [x[x != model.end_id].tolist() for x in model.generate(num_beams, **batch)]
+        for x, row in zip(accelerator.gather_for_metrics(ids, True), pending):
+            row["hyp"] = " ".join(model.tokenizer.decode(x, skip_special_tokens=True).split())
             yield row
 
 

@@ -72,9 +72,9 @@ def transcribe(
         mel = [log_mel(pieces[j][1], model.collation["n_mels"]).to(device) for j in places]
         batch = {"mel": mel, "encoder_lengths": torch.tensor(lengths, device=device)}
         batch["labels"] = torch.empty(len(places), 0, dtype=torch.long, device=device)
-        tokens = model.generate(num_beams, **batch)
-        for j, text in zip(places, model.tokenizer.batch_decode(tokens, skip_special_tokens=True)):
-            texts[j] = text
+        for j, ids in zip(places, model.generate(num_beams, **batch)):
+            ids = ids[ids != model.end_id]  # which need not be a special token
+            texts[j] = model.tokenizer.decode(ids, skip_special_tokens=True)
     joined = [""] * len(audios)
     for (i, _), text in zip(pieces, texts):
         joined[i] = " ".join(f"{joined[i]} {text}".split())

@@ -11,7 +11,7 @@ import torch
 
 import recognize
 from data import read_manifest
-from model import load
+from model import encode, load
 
 
 def run(projector, data_path, result_path, *options):
@@ -86,7 +86,16 @@ def test_batch_size_changes_no_hypothesis(paths, projector, tmp_path):
     assert len(one) == 8 and len(set(one)) > 1
 
 
-def test_large_files_come_first_and_results_in_the_order_of_the_manifest(
+def test_an_end_that_is_no_special_token_is_not_in_the_text(paths, projector, monkeypatch):
+    model = load(projector)
+    model.end_id = encode(model.tokenizer, "|")[0]
+    ids = torch.tensor([[*encode(model.tokenizer, " go on"), model.end_id, model.end_id]] * 2)
+    monkeypatch.setattr(model, "generate", lambda beams, **batch: ids)
+    rows = read_manifest([paths.manifest])[:2]
+    assert [row["hyp"] for row in recognize.recognize(model, rows, 2, 1)] == ["go on"] * 2
+
+
+def test_long_audio_comes_first_and_results_in_the_order_of_the_manifest(
     paths, projector, tmp_path, monkeypatch
 ):
     lengths = [0.3, 0.9, 0.5]
