@@ -32,12 +32,12 @@ def read_manifest(paths: list[str], empty: str | None = None) -> list[dict]:
         try:
             row = {**json.loads(line)}
             wav, txt = Path(file.filename()).parent / str(row.get("wav")), row.get("txt", empty)
-            seconds = wav.is_file() and (row.get("duration") or soundfile.info(wav).duration)
-            if not (seconds and type(txt) is str and (txt.strip().encode() or txt == empty)):
+            secs = wav.is_file() and (row.get("duration") or soundfile.info(wav).duration)
+            if not (0 < secs < 1e8 and type(txt) is str and (txt.strip().encode() or txt == empty)):
                 raise ValueError(f'"wav" must be audio, got {wav}, and "txt" text, got {txt!r}')
-            rows.append({**row, "_path": str(wav), "_txt": txt, "duration": round(seconds, 2)})
-        # TypeError from what is no object, and from .raw
-        except (OSError, TypeError, ValueError, soundfile.LibsndfileError) as error:
+            rows.append({**row, "_path": str(wav), "_txt": txt, "duration": round(secs, 2) or 0.01})
+        # RuntimeError from libsndfile, TypeError from what is no object and from .raw
+        except (OSError, RuntimeError, TypeError, ValueError) as error:
             bad.append(f"{file.filename()}:{file.filelineno()}: {error}, in {line[:80]!r}")
     if bad or not rows:
         raise ValueError("\n".join([f"{paths}: {len(rows)} good lines, {len(bad)} bad", *bad[:10]]))
@@ -48,7 +48,7 @@ def load_audio(path: str):
     """Any file that libsndfile reads (wav, flac, ogg, opus, mp3) -> (S,) float32, mono, 16 kHz."""
     try:
         audio, rate = soundfile.read(path, dtype="float32", always_2d=True)  # (S, channels)
-    except (soundfile.LibsndfileError, MemoryError, ValueError) as error:  # a false size
+    except (RuntimeError, MemoryError, TypeError, ValueError) as error:  # a false size; .raw
         raise ValueError(f"{path}: cannot be decoded as audio: {error}") from error
     audio = soxr.resample(audio.mean(axis=1), rate, SAMPLE_RATE)
     if not (len(audio) and abs(audio).max() < float("inf")):  # NaN is not less

@@ -32,14 +32,14 @@ IGNORE = -100  # the label of a position without loss, as in transformers and to
 def run(main) -> None:
     """Call a command's main; what users cause, in a data worker, too, becomes a message.
 
-    That is ValueError, ours and the libraries', what the system or another process refuses, and
-    Ctrl-C.
+    That is ValueError, ours and the libraries', what the system, an accelerator, another process or
+    a missing package refuses, and Ctrl-C. Called without this, main has its traceback.
     """
     try:
         main()
         # gloo's threads need the interpreter to let their last tensor go, or abort the exit
         time.sleep(PartialState().num_processes > 1)
-    except (ValueError, OSError, torch.distributed.DistError, KeyboardInterrupt) as e:
+    except (ValueError, OSError, RuntimeError, ImportError, KeyboardInterrupt) as e:
         raise SystemExit(f"error: {str(e).split('ValueError: ')[-1].strip() or repr(e)}") from None
 
 
@@ -113,7 +113,7 @@ class SpeechLLM(nn.Module):
         self.activation_checkpointing_enable = llm.activation_checkpointing_enable
         stops = torch.tensor(llm.generation_config.eos_token_id or []).flatten().tolist()
         # no sampling, no penalties of a chat
-        llm.generation_config = GenerationConfig(eos_token_id=[self.end_id, *stops])
+        llm.generation_config = GenerationConfig(eos_token_id=[int(self.end_id), *stops])
         # what data.collate is to know
         self.collation = dict(tokenizer=tokenizer, end_id=self.end_id, stride=stride, n_mels=n_mels)
 
@@ -263,5 +263,5 @@ def load(projector_model_path=None, bf16=False, **given):
         if path:
             nn.ModuleDict({"projector": model.projector}).load_state_dict(load_file(what := path))
     except Exception as error:
-        raise ValueError(f"cannot load {what}: {error!r}") from error
+        raise ValueError(f"cannot load {what}: {error!r} (projector: {path})") from error
     return model

@@ -70,8 +70,8 @@ def score(rows: list[dict], norm=None) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     [args] = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
-    if min(args.batch_size, *args.num_beams) < 1:
-        raise ValueError(f"wanted 1 or more, got {args.num_beams=}, {args.batch_size=}")
+    if min(args.batch_size, *args.num_beams) < 1 or Path(args.result_path).is_dir():
+        raise ValueError(f"wanted num_beams, batch_size >= 1, result_path no folder, got {args}")
     rows, path, table = read_manifest(args.data_path, empty=""), Path(args.result_path), []
     state = accelerate.PartialState(cpu=not torch.accelerator.is_available())
     part = Path(f"{path}.part" if state.is_main_process else "/dev/null")

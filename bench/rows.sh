@@ -22,9 +22,9 @@ for row in "${@:4}"; do
     whisper=demo/models/$encoder.pt run=$out/${row//:/-}
     recipe=(--data_path "$out/train.jsonl" --max_steps 1200 --eval_steps 240)
     if [ "$copies" ]; then
-        [ -e "$out/speed/manifest.jsonl" ] \
-            || $python bench/augment.py speed "$out/train.jsonl" "$out/speed" 0.8 0.88 1.12 1.25
-        recipe=(--data_path "$out/train.jsonl" "$out/speed/manifest.jsonl" --max_steps 2800
+        [ -e "$out/speeds/manifest.jsonl" ] \
+            || $python bench/augment.py speed "$out/train.jsonl" "$out/speeds" 0.8 0.88 1.12 1.25
+        recipe=(--data_path "$out/train.jsonl" "$out/speeds/manifest.jsonl" --max_steps 2800
             --eval_steps 400 --ctc_first 0.7 --ctc_weight 1)
     fi
     if [ ! -e "$run/model.safetensors" ]; then

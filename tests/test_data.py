@@ -32,9 +32,6 @@ def test_audio_whose_duration_the_manifest_has_is_not_opened(tmp_path):
     path = write_manifest(tmp_path, '{"wav": "b.wav", "txt": "one", "duration": 7.125}')
     (tmp_path / "b.wav").write_text("no audio")
     assert read_manifest([path])[0]["duration"] == 7.12
-    path = write_manifest(tmp_path, '{"wav": "b.wav", "txt": "one", "duration": "7"}')
-    with pytest.raises(ValueError, match="m.jsonl:1: type str doesn't define __round__ method"):
-        read_manifest([path])
 
 
 def test_a_manifest_may_have_a_byte_order_mark_and_line_separators_in_its_text(tmp_path):

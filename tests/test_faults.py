@@ -39,6 +39,10 @@ def here(paths, projector, tmp_path, monkeypatch):
         Path(f"{name}.wav").write_bytes(content)
     Path("noise.raw").write_bytes(bytes(800))
     soundfile.write("none.wav", np.zeros(0), 16_000)
+    soundfile.write("endless.flac", np.zeros(8000), 16_000)
+    flac = bytearray(Path("endless.flac").read_bytes())
+    flac[21:26] = flac[21] & 0xF0, 0, 0, 0, 0  # the number of samples, which streams do not know
+    Path("endless.flac").write_bytes(flac)
     nan = np.zeros(8000, np.float32)
     nan[5] = np.nan
     soundfile.write("nan.wav", nan, 16_000, subtype="FLOAT")
@@ -52,6 +56,7 @@ def here(paths, projector, tmp_path, monkeypatch):
     save_file(load_file(projector), "newer.safetensors", settings)
     settings |= {"format": model.DEFAULTS["format"], "hidden_dim": "64"}
     save_file(load_file(projector), "narrow.safetensors", settings)
+    save_file(load_file(projector), "wide.safetensors", settings | {"hidden_dim": "wide"})
     Path("text.pt").write_text("hello")
     with open("code.pt", "wb") as file:
         pickle.dump({"x": Code()}, file)
@@ -106,6 +111,13 @@ MANIFESTS = {
     '{"wav": "text.wav", "txt": "x"}': r"m.jsonl:1: Error opening 'text.wav': ",
     '{"wav": "noise.raw", "txt": "x"}': r"m.jsonl:1: samplerate must be specified, in .*noise.raw",
     '{"wav": "none.wav", "txt": "x"}': r"m.jsonl:1: \"wav\" must be audio, got none.wav",
+    '{"wav": "endless.flac", "txt": "x"}': r"m.jsonl:1: \"wav\" must be audio, got endless.flac",
+    '{"wav": "a.wav", "txt": "x", "duration": -1}': r"m.jsonl:1: .*\"duration\": -1",
+    '{"wav": "a.wav", "txt": "x", "duration": NaN}': r"m.jsonl:1: .*\"duration\": NaN",
+    '{"wav": "a.wav", "txt": "x", "duration": 1e999}': r"m.jsonl:1: .*\"duration\": 1e999",
+    '{"wav": "a.wav", "txt": "x", "duration": "7"}': r"m.jsonl:1: .*\"duration\": \"7\"",
+    '{"wav": "noise.raw", "txt": "x", "duration": 1}': r"noise.raw: cannot be decoded as audio: ",
+    "[" * 100_000: r"m.jsonl:1: maximum recursion depth exceeded",
     '{"wav": "nan.wav", "txt": "x"}': r"nan.wav: holds no audio, or samples that are no numbers",
 }
 
@@ -127,7 +139,7 @@ def test_bad_audio_counts_as_bad_lines_before_models_load(here, monkeypatch):
     assert [name in line for name, line in zip(names, named, strict=True)] == [True] * 7
 
 
-@pytest.mark.parametrize("manifest", MANIFESTS)
+@pytest.mark.parametrize("manifest", MANIFESTS, ids=range(len(MANIFESTS)))
 def test_a_bad_manifest_or_its_audio_is_named(here, manifest):
     Path("m.jsonl").write_bytes(manifest if isinstance(manifest, bytes) else manifest.encode())
     message = refuse()
@@ -143,12 +155,13 @@ MODELS = {
     "--projector_model_path truncated.safetensors": r"load truncated.safetensors: .*incomplete",
     "--projector_model_path newer.safetensors": r"newer.safetensors is for format '9', not '4'",
     "--projector_model_path narrow.safetensors": r"cannot load narrow.safetensors: .*size mismatch",
+    "--projector_model_path wide.safetensors": r"invalid literal.*projector: wide.safetensors",
     "--llm_model_name_or_path other": r"for llm_model_name_or_path '.*qwen', not 'other'",
     "--whisper_model_name_or_path base": r"for whisper_model_name_or_path '.*tiny.pt', not 'base'",
-    "--num_beams 0": r"wanted 1 or more, got args.num_beams=\[0\]",
-    "--num_beams 3 -1": r"wanted 1 or more, got args.num_beams=\[3, -1\]",
-    "--batch_size 0": r"wanted 1 or more, .* args.batch_size=0",
-    "--result_path folder": r"Is a directory: .*'folder'",
+    "--num_beams 0": r"wanted num_beams, batch_size >= 1, .*, got .*num_beams=\[0\]",
+    "--num_beams 3 -1": r"wanted num_beams, batch_size >= 1, .*, got .*num_beams=\[3, -1\]",
+    "--batch_size 0": r"wanted num_beams, batch_size >= 1, .*, got .*batch_size=0",
+    "--result_path folder": r"wanted .*result_path no folder, got .*result_path='folder'",
     "--result_path a.wav/out.jsonl": r"File exists: 'a.wav'",
     "--result_path /proc/out.jsonl": r"No such file or directory: '/proc/out.jsonl.part'",
     "--data_path missing.jsonl": r"No such file or directory: 'missing.jsonl'",
@@ -178,6 +191,7 @@ TRAINING = {
     "--per_device_train_batch_size 0": r"not >= 1: step=0, ",
     "--gradient_accumulation_steps 0": r"not >= 1: step=0, ",
     "--eval_data_path m.jsonl --eval_on_start True --per_device_eval_batch_size 0": r"batch_size=0",
+    "--report_to wandb": r"requires wandb to be installed",
     "--learning_rate -1": r"Invalid learning rate: -1.0",
     "--eval_strategy epoch": r"you didn't pass an `eval_dataset`",
     "--beams 3": r"not used by the HfArgumentParser: \['--beams', '3'\]",
