@@ -52,7 +52,7 @@ def curves(runs: list[str]) -> None:
         axis.set(title=title, xlabel="utterances seen")
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1000:g}k"))
         axis.grid(alpha=0.3)
-    axes[0].legend()
+    axes[0].legend(fontsize="small")
 
 
 def beams(path: Path) -> None:
