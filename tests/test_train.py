@@ -284,7 +284,7 @@ def test_several_gpus_in_one_process_are_refused(paths, tmp_path, monkeypatch):
         # in a data worker
         (
             '{"wav": "nan.wav", "txt": "x"}',
-            "nan.wav: holds no audio, or samples that are no num",
+            "nan.wav: holds no audio, or samples that are no numbers",
         ),
     ],
 )
