@@ -12,11 +12,10 @@ from pathlib import Path
 import soundfile
 import soxr
 import torch
-from whisper.audio import HOP_LENGTH, N_SAMPLES, SAMPLE_RATE, log_mel_spectrogram, pad_or_trim
+from whisper.audio import N_SAMPLES, N_SAMPLES_PER_TOKEN, SAMPLE_RATE, log_mel_spectrogram
 
 from model import IGNORE, encode
 
-SAMPLES_PER_POSITION = 2 * HOP_LENGTH  # the second convolution of Whisper's encoder has stride 2
 SILENCE = SAMPLE_RATE // 2  # samples; windows under 30 s are multiples, one at least being silence
 
 
@@ -63,22 +62,23 @@ def log_mel(audio, n_mels: int) -> torch.Tensor:
     of `SILENCE`, so that windows of one size are many.
     """
     size = min(N_SAMPLES, (len(audio) // SILENCE + 2) * SILENCE)
-    mel = log_mel_spectrogram(pad_or_trim(audio, -(-len(audio) // size) * size), n_mels)  # (M, WF)
-    return mel.unflatten(1, (-1, size // HOP_LENGTH)).transpose(0, 1)  # (W, M, F)
+    mel = log_mel_spectrogram(audio, n_mels, padding=-len(audio) % size)  # (M, WF)
+    return mel.unflatten(1, (-(-len(audio) // size), -1)).transpose(0, 1)  # (W, M, F)
 
 
 def collate(rows, tokenizer, end_id, n_mels, stride, max_length=float("inf")) -> dict:
     """Rows of `read_manifest` -> a batch for SpeechLLM, of which decoding ignores the answers.
 
-    ValueError where audio and answer of a row need more than `max_length` positions.
+    ValueError where audio and answer of a row need more than `max_length` positions, which is
+    --model_max_length, or what the LLM was made for.
     """
     audios = [load_audio(row["_path"]) for row in rows]
-    lengths = torch.tensor([-(-len(audio) // SAMPLES_PER_POSITION) for audio in audios])
+    lengths = torch.tensor([-(-len(audio) // N_SAMPLES_PER_TOKEN) for audio in audios])
     # the first label is predicted from a position without one
     answers = [torch.tensor([IGNORE, *encode(tokenizer, f"▁{x['_txt']}"), end_id]) for x in rows]
     for row, length, answer in zip(rows, lengths, answers):
         if (size := -(-length // stride) + len(answer) - 1) > max_length:
-            raise ValueError(f"{row['_path']}: --model_max_length {max_length} is less than {size}")
+            raise ValueError(f"{row['_path']}: takes {size} positions, {max_length=} (flag or LLM)")
     # the lengths first, as the Trainer takes B from them
     batch = {"encoder_lengths": lengths, "mel": [log_mel(audio, n_mels) for audio in audios]}
     return batch | {"labels": torch.nn.utils.rnn.pad_sequence(answers, True, IGNORE, "left")}

@@ -40,7 +40,9 @@ def run(main) -> None:
         # gloo's threads need the interpreter to let their last tensor go, or abort the exit
         time.sleep(PartialState().num_processes > 1)
     except (ValueError, OSError, RuntimeError, ImportError, KeyboardInterrupt) as e:
-        raise SystemExit(f"error: {str(e).split('ValueError: ')[-1].strip() or repr(e)}") from None
+        text = str(e).split("ValueError: ")[-1].strip() or repr(e)
+        # torch.save's words for a full disk
+        raise SystemExit(f"error: {text}{' (disk full?)' * ('unexpected pos' in text)}") from None
 
 
 def encode(tokenizer, text: str) -> list[int]:
@@ -116,6 +118,8 @@ class SpeechLLM(nn.Module):
         llm.generation_config = GenerationConfig(eos_token_id=[int(self.end_id), *stops])
         # what data.collate is to know
         self.collation = dict(tokenizer=tokenizer, end_id=self.end_id, stride=stride, n_mels=n_mels)
+        # positions left for audio and text
+        self.room = getattr(llm.config, "max_position_embeddings", torch.inf) - len(self.before)
 
     @cached_property
     def rms(self) -> float:
@@ -204,6 +208,7 @@ class SpeechLLM(nn.Module):
         gap = (self.llm(**swapped, **options).loss - loss) * items / (labels != IGNORE).sum()
         return {"loss": loss, "listening_gap": gap.expand(len(labels))}
 
+    @torch.no_grad()
     def generate(self, beams: int, **batch) -> Tensor:
         """New token ids (B, T), filled up with `end_id`.
 
@@ -230,12 +235,11 @@ class SpeechLLM(nn.Module):
         scores = out.get("sequences_scores", lengths).view(-1, beams) - torch.stack(ctc)
         return tokens[range(len(ctc)), scores.argmax(1)]
 
-    def save_projector(self, path: Path) -> None:
+    def save_projector(self, path: str | Path) -> None:
         """Write the projector's weights, with the settings as metadata, as safetensors."""
-        part = Path(f"{path}.part")  # written by Python, and so with the user's umask
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(save(self.projector.state_dict(prefix="projector."), self.settings))
-        part.replace(path)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        # by Python, and so with the user's umask
+        Path(path).write_bytes(save(self.projector.state_dict(prefix="projector."), self.settings))
 
 
 def load(projector_model_path=None, bf16=False, **given):

@@ -41,7 +41,7 @@ def recognize(model, rows: list[dict], batch_size: int, num_beams: int):
     Several processes share the batches out, and each of them yields all rows.
     """
     rows, accelerator = sorted(rows, key=lambda row: -row["duration"]), accelerate.Accelerator()
-    collator, pending = partial(collate, **model.collation), iter(rows)
+    collator, pending = partial(collate, **model.collation, max_length=model.room), iter(rows)
     loader = torch.utils.data.DataLoader(rows, batch_size, collate_fn=collator, num_workers=2)
     for batch in accelerate.utils.tqdm(accelerator.prepare(loader)):
         # the end need not be a special token, which decode() would leave out
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     state = accelerate.PartialState(cpu=not torch.accelerator.is_available())
     part = Path(f"{path}.part" if state.is_main_process else "/dev/null")
     part.parent.mkdir(parents=True, exist_ok=True)
-    model = load(**vars(args)).to(state.device).eval().requires_grad_(False)
+    model = load(**vars(args)).to(state.device).eval()
     for beams in args.num_beams:
         start = time.perf_counter()
         with part.open("w", encoding="utf-8", errors="replace") as file:

@@ -19,6 +19,7 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from data import collate, read_manifest
 from model import load, run
+from recognize import recognize, score
 
 
 @dataclass(kw_only=True)
@@ -29,6 +30,7 @@ class TrainingArguments(transformers.TrainingArguments):
     stride: int | None = HfArg(default=None, help="Encoder positions (20 ms) joined: default 5.")
     data_path: list[str] = HfArg(help="JSONL manifests; one named twice counts twice.")
     eval_data_path: list[str] | None = HfArg(default=None, help="JSONL manifests to evaluate on.")
+    eval_hypotheses: int = HfArg(default=0, help="How many of them to recognise for a WER or CER.")
     model_max_length: int = HfArg(default=512, help="Most positions of audio and text.")
     ctc_weight: float = HfArg(default=0.3, help="Weight of the CTC loss beside the LLM's.")
     ctc_first: float = HfArg(default=0.5, help="Share of the steps with the CTC loss alone.")
@@ -60,12 +62,6 @@ class ProjectorTrainer(transformers.Trainer):
         ctc = self.args.ctc_weight if model.training else 0.0
         alone = ctc and self.state.global_step < self.args.ctc_first * self.state.max_steps
         return super().compute_loss(model, inputs | {"ctc": ctc, "ctc_alone": alone}, **kwargs)
-
-    def _save_checkpoint(self, *args) -> None:
-        try:
-            super()._save_checkpoint(*args)
-        except (OSError, RuntimeError) as error:  # the second is torch's, of a full disk
-            raise ValueError(f"{self.args.output_dir}: cannot save, disk full? {error}") from error
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         with self.gathered([*self.model.projector.parameters()]):
@@ -109,8 +105,13 @@ def main(argv: list[str] | None = None) -> None:
     args.remove_unused_columns = args.ddp_find_unused_parameters = False
     args.train_sampling_strategy = "sequential"
     collator = partial(collate, **model.collation, max_length=args.model_max_length)
-    trainer = ProjectorTrainer(model, args, collator, train_rows, eval_rows)
-    trainer.compute_metrics = lambda out: {"listening_gap": out.predictions.mean()}
+
+    def gauge(out) -> dict[str, float]:
+        rows = eval_rows[: args.eval_hypotheses]
+        rates = score([*recognize(model, rows, args.eval_batch_size, 1)]) if rows else {}
+        return {"listening_gap": out.predictions.mean(), **{k: float(rates[k]) for k in rates}}
+
+    trainer = ProjectorTrainer(model, args, collator, train_rows, eval_rows, compute_metrics=gauge)
     trainer.train(resume and str(resume))
     trainer.save_model()
     trainer.save_state()

@@ -1,13 +1,12 @@
 """Train with constants changed, and draw up the learning curve: what is each choice worth?
 
     python bench/ablate.py CACHE BLANK_COSINE=2 ... -- --output_dir exp/kept \
-        --eval_data_path dev.jsonl --eval_strategy steps --eval_steps 100 --save_steps 100 ...
+        --eval_data_path dev.jsonl --eval_strategy steps --eval_steps 100 --eval_hypotheses 100 ...
 
 CACHE is a folder for the encoder's outputs, which runs share (bench/cached.py). Then come constants
 of model.py and data.py with new values, `prompt=...` for the default prompt (its lines apart by
 \\n), `blank=...` for the text whose token is the blank, or `rms_norm=off` for audio of any length;
-behind `--` the arguments of train.py. In the end each checkpoint decodes the evaluation's manifests
-greedily, and OUTPUT_DIR/curve.md has a row for each.
+behind `--` the arguments of train.py. In the end OUTPUT_DIR/curve.md has a row for each evaluation.
 """
 
 import json
@@ -15,7 +14,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import torch
 from transformers.hf_argparser import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -24,7 +22,6 @@ from cached import use
 
 import data
 import model
-import recognize
 import train
 
 HEAD = "utterances | loss | listening gap | greedy WER\n---|---|---|---\n"
@@ -51,22 +48,14 @@ def load(original, blank: str | None, **options):
     return speech_llm
 
 
-@torch.no_grad()
 def curve(args: train.TrainingArguments) -> str:
-    """A table with a row for each checkpoint."""
-    logs: dict[int, dict] = {}  # of each evaluation, by its step
+    """A table with a row for each evaluation."""
+    table = HEAD
     for log in json.loads(Path(args.output_dir, "trainer_state.json").read_text())["log_history"]:
-        if any(key.startswith("eval_") for key in log):
-            logs.setdefault(log["step"], {}).update(log)
-    rows, table = data.read_manifest(args.eval_data_path), HEAD
-    for step, log in logs.items():
-        cells = [step * args.train_batch_size * args.gradient_accumulation_steps]
-        cells += [f"{log['eval_loss']:.2f}", f"{log['eval_listening_gap']:.2f}"]
-        path = Path(args.output_dir, f"checkpoint-{step}", "model.safetensors")
-        speech_llm = train.load(projector_model_path=path, bf16=args.bf16).eval()
-        done = [*recognize.recognize(speech_llm, rows, 10, 1)]
-        cells.append(f"{next(iter(recognize.score(done).values()))} %")
-        table += " | ".join(map(str, cells)) + "\n"
+        if "eval_loss" in log:
+            seen = log["step"] * args.train_batch_size * args.gradient_accumulation_steps
+            cells = [seen, f"{log['eval_loss']:.2f}", f"{log['eval_listening_gap']:.2f}"]
+            table += " | ".join(map(str, [*cells, f"{log['eval_WER %']} %"])) + "\n"
     return table
 
 

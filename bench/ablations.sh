@@ -50,10 +50,10 @@ arm() { # NAME, constants of model.py, --, flags of train.py
         .venv/bin/python bench/ablate.py "$out/encoded" "${constants[@]}" -- \
             --llm_model_name_or_path "$llm" --whisper_model_name_or_path "$whisper" \
             --data_path "$out/train$text.jsonl" --eval_data_path "$out/dev$text.jsonl" \
-            --eval_strategy steps --eval_steps 50 --save_steps 50 --max_steps 200 \
+            --eval_strategy steps --eval_steps 50 --eval_hypotheses 100 --max_steps 200 \
             --per_device_train_batch_size 16 --per_device_eval_batch_size 16 --bf16 True \
             --learning_rate 1e-3 --lr_scheduler_type cosine --warmup_ratio 0.05 \
-            --dataloader_num_workers 1 --report_to none \
+            --dataloader_num_workers 1 --report_to none --save_strategy no \
             --output_dir "$out/$name" "${@:2}" > "$out/$name.log" 2>&1
     fi
     sed "s/^/$name | /" "$out/$name/curve.md" | tail -n +3

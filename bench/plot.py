@@ -4,9 +4,9 @@
     python bench/plot.py beams.png table.md
 
 For folders that train.py wrote, or others with its trainer_state.json, it draws loss and listening
-gap over the utterances seen, and WER where bench/ablate.py left its curve.md beside. Behind the
-colon are the utterances of a step, where these are more than one process's batch. A file is the
-table that recognize.py printed for several beams. Needs bench/requirements.txt.
+gap over the utterances seen, and the error rate where there was --eval_hypotheses. Behind the colon
+are the utterances of a step, where these are more than one process's batch. A file is the table
+that recognize.py printed for several beams. Needs bench/requirements.txt.
 """
 
 import json
@@ -30,21 +30,22 @@ def table(path: Path) -> list[dict[str, str]]:
 
 
 def curves(runs: list[str]) -> None:
-    """A panel each for loss, listening gap and, if a run has it, WER; a line a run."""
-    panels: dict[str, list] = {"loss, nats a token": [], "listening gap, nats a token": []}
+    """A panel each for loss, listening gap and, if a run has it, the error rate; a line a run."""
+    titles = {
+        "eval_loss": "loss, nats a token",
+        "eval_listening_gap": "listening gap, nats a token",
+    }
+    titles |= {f"eval_{metric} %": f"greedy {metric}, %" for metric in ("WER", "CER")}
+    panels: dict[str, list] = {}
     for run in runs:
         folder, _, size = run.partition(":")
         state = json.loads(Path(folder, "trainer_state.json").read_text())
         seen = int(size or state["train_batch_size"])  # utterances of a step
-        logs = [x for x in state["log_history"] if "eval_loss" in x]
-        steps = [seen * log["step"] for log in logs]
-        for name, key in zip(panels, ("eval_loss", "eval_listening_gap")):
-            panels[name].append((Path(folder).name, steps, [log[key] for log in logs]))
-        if (curve := Path(folder, "curve.md")).exists():
-            rows = table(curve)
-            rates = [float(row["greedy WER"].removesuffix(" %")) for row in rows]
-            utterances = [int(row["utterances"]) for row in rows]
-            panels.setdefault("greedy WER, %", []).append((Path(folder).name, utterances, rates))
+        for key, title in titles.items():
+            logs = [log for log in state["log_history"] if key in log]
+            line = [seen * log["step"] for log in logs], [log[key] for log in logs]
+            if logs:
+                panels.setdefault(title, []).append((Path(folder).name, *line))
     figure, axes = pyplot.subplots(1, len(panels), figsize=(WIDTH, HEIGHT))
     for axis, (title, lines) in zip(axes, panels.items()):
         for name, x, y in lines:

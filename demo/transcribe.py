@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg, HfArgumentParser
-from whisper.audio import N_SAMPLES, SAMPLE_RATE
+from whisper.audio import N_SAMPLES, N_SAMPLES_PER_TOKEN, SAMPLE_RATE
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from data import SAMPLES_PER_POSITION, load_audio, log_mel
+from data import load_audio, log_mel
 from model import SpeechLLM, load, run
 
 SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif"}
@@ -68,7 +68,7 @@ def transcribe(
     order = sorted(range(len(pieces)), key=lambda j: -len(pieces[j][1]))  # of about one length
     for start in tqdm(range(0, len(order), batch_size), disable=len(order) <= batch_size):
         places = order[start : start + batch_size]
-        lengths = [-(-len(pieces[j][1]) // SAMPLES_PER_POSITION) for j in places]
+        lengths = [-(-len(pieces[j][1]) // N_SAMPLES_PER_TOKEN) for j in places]
         mel = [log_mel(pieces[j][1], model.collation["n_mels"]).to(device) for j in places]
         batch = {"mel": mel, "encoder_lengths": torch.tensor(lengths, device=device)}
         batch["labels"] = torch.empty(len(places), 0, dtype=torch.long, device=device)

@@ -25,7 +25,7 @@ def test_ablation_writes_a_learning_curve_and_encodes_each_window_once(paths, tm
     arguments = ["--llm_model_name_or_path", paths.qwen, "--output_dir", tmp_path / "out"]
     arguments += ["--whisper_model_name_or_path", paths.whisper, "--data_path", paths.manifest]
     arguments += ["--eval_data_path", paths.manifest, "--eval_strategy", "steps"]
-    arguments += ["--eval_steps", "1", "--save_steps", "1", "--max_steps", "2"]
+    arguments += ["--eval_steps", "1", "--eval_hypotheses", "2", "--max_steps", "2"]
     encoded = tmp_path / "encoded"
     bench("ablate.py", encoded, "blank=,", "BLANK_COSINE=2", "--", *arguments)
     head, _, *rows = (tmp_path / "out" / "curve.md").read_text().splitlines()
@@ -95,12 +95,11 @@ def test_memory_is_computed_for_known_models_and_measured_for_each_process(paths
 
 def test_curves_and_beams_are_drawn(tmp_path):
     logs = [{"step": 5 * i, "eval_loss": 3 - i, "eval_listening_gap": i} for i in (1, 2)]
-    for name in ("a", "b"):
+    for name, rate in (("a", {"eval_WER %": 94.5}), ("b", {})):
         (tmp_path / name).mkdir()
-        state = {"train_batch_size": 4, "log_history": [*logs, {"step": 11, "train_loss": 1}]}
+        history = [logs[0], logs[1] | rate, {"step": 11, "train_loss": 1}]
+        state = {"train_batch_size": 4, "log_history": history}
         (tmp_path / name / "trainer_state.json").write_text(json.dumps(state))
-    curve = "utterances | loss | listening gap | greedy WER\n---|---|---|---\n20 | 2 | 1 | 94.5 %\n"
-    (tmp_path / "a" / "curve.md").write_text(curve)
     table = "| beam | WER % | RTF |\n| --- | --- | --- |\n| 1 | 12.5 | 0.1 |\n| 3 | 11 | 0.3 |\n"
     (tmp_path / "table.md").write_text(table)
     import plot

@@ -185,7 +185,7 @@ TRAINING = {
     "--llm_model_name_or_path no/such/model": r"cannot load no/such/model: OSError",
     "--output_dir a.wav": r"File exists: 'a.wav'",
     "--output_dir /proc/exp": r"No such file or directory: '/proc/exp'",
-    "--model_max_length 3": r"a.wav: --model_max_length 3 is less than 8",
+    "--model_max_length 3": r"a.wav: takes 8 positions, max_length=3",
     "--stride -1": r"not >= 1: step=8, args.stride=-1",
     "--stride 0": r"not >= 1: step=8, args.stride=0",
     "--per_device_train_batch_size 0": r"not >= 1: step=0, ",

@@ -118,6 +118,31 @@ def test_the_listening_gap_does_not_depend_on_the_number_of_processes(paths, str
         assert log(folder / setup / "out", "eval_listening_gap") == [pytest.approx(gap, rel=1e-3)]
 
 
+@pytest.fixture(scope="module")
+def recognised(paths, straight, tmp_path_factory):
+    """As `straight`, but for an evaluation after two steps that recognises 7 of 8 utterances."""
+    folder = tmp_path_factory.mktemp("recognised")
+    for setup in SETUPS:
+        (folder / setup).mkdir()
+        options = f"{straight[1]} --eval_steps 2 --eval_hypotheses 7"
+        finish(paths, folder / setup, setup, options)
+    return folder
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_recognition_between_steps_changes_none(straight, recognised, setup):
+    for key in ("loss", "grad_norm"):
+        plain = log(straight[0] / setup / "out", key)
+        assert log(recognised / setup / "out", key) == pytest.approx(plain, rel=1e-6), key
+
+
+@pytest.mark.parametrize("setup", ["ddp", "zero"])
+def test_the_error_rate_of_evaluation_is_that_of_one_process(recognised, setup):
+    for key in ("eval_WER %", "eval_substitutions", "eval_deletions", "eval_insertions"):
+        single = log(recognised / "one" / "out", key)
+        assert log(recognised / setup / "out", key) == single and len(single) == 2, key
+
+
 @pytest.mark.parametrize("setup", SETUPS)
 def test_gradient_checkpointing_recomputes_and_changes_nothing(paths, straight, tmp_path, setup):
     folder, options = straight

@@ -170,3 +170,11 @@ def test_two_processes_recognise_what_one_does_in_the_order_of_the_manifest(
     assert two == one and len(two) == count and len(set(two)) == count
     assert done.stdout.count("| beam | WER % |") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.jsonl", "two.jsonl"]
+
+
+def test_audio_that_is_too_long_for_the_llm_is_refused_by_name(paths, projector, tmp_path):
+    model = load(projector)
+    rows = read_manifest([paths.manifest])
+    model.room = 13  # 0.wav has 25 encoder positions, five of which are joined, and two letters
+    with pytest.raises(ValueError, match="7.wav: takes .* positions, max_length=13"):
+        list(recognize.recognize(model, rows, 8, 1))

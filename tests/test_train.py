@@ -227,6 +227,20 @@ def test_the_listening_gap_is_the_loss_with_audio_of_the_one_before_less_the_los
     assert gap == pytest.approx(losses[swapped] - losses[own], abs=1e-5) and abs(gap) > 1e-3
 
 
+def test_evaluation_logs_the_error_rate_that_recognition_has(paths, tmp_path, capsys):
+    options = ["--max_steps", "1", "--eval_data_path", paths.manifest, "--eval_strategy", "steps"]
+    run(paths, tmp_path, *options, "--eval_hypotheses", "5")
+    capsys.readouterr()
+    five = Path(paths.manifest).with_stem("five")
+    five.write_text("\n".join(Path(paths.manifest).read_text().splitlines()[:5]))
+    arguments = ["--projector_model_path", str(tmp_path / "model.safetensors"), "--num_beams", "1"]
+    arguments += ["--data_path", str(five), "--result_path", str(tmp_path / "out.jsonl")]
+    recognize.main([*arguments, "--bf16", "False"])
+    heads, _, cells = (x.split(" | ") for x in capsys.readouterr().out.splitlines()[-3:])
+    for head, cell in list(zip(heads, cells))[1:5]:  # WER and edits
+        assert log(tmp_path, f"eval_{head}") == [float(cell)]
+
+
 def test_the_llm_joins_after_the_first_share_of_the_steps(paths, tmp_path, monkeypatch):
     texts = ["go", "no", "up", "on", "in", "ten " * 30]  # the last is too much for its audio
     options = ["--data_path", str(tiny.make_manifest(tmp_path, texts)), "--max_steps", "4"]
