@@ -32,7 +32,7 @@ for row in "${@:4}"; do
         $python bench/cached.py "$out/encoded" train.py --output_dir "$run" --seed "$seed" \
             --llm_model_name_or_path "demo/models/$llm" --stride "$stride" \
             --whisper_model_name_or_path "$whisper" --bf16 True "${recipe[@]}" \
-            --eval_data_path "$out/dev-fifth.jsonl" --eval_strategy steps \
+            --eval_data_path "$out/dev-fifth.jsonl" --eval_strategy steps --eval_hypotheses 100 \
             --per_device_train_batch_size 16 --per_device_eval_batch_size 20 \
             --learning_rate 1e-3 --lr_scheduler_type cosine --warmup_ratio 0.03 \
             --dataloader_num_workers 1 --save_steps 200 --save_total_limit 1 \
