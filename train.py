@@ -8,13 +8,13 @@ goes on from the newest checkpoint in `output_dir`.
 """
 
 import random
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial, partialmethod
 from pathlib import Path
 
 import torch
 import transformers
+from accelerate.utils import GatheredParameters
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from data import collate, read_manifest
@@ -56,15 +56,13 @@ def by_length(rows: list[dict], size: int, seed: int) -> list[dict]:
 class ProjectorTrainer(transformers.Trainer):
     """The Trainer, with the CTC loss, the listening gap, and checkpoints of the projector alone."""
 
-    gathered = nullcontext  # or, where parameters are sharded, ZeRO's GatheredParameters
-
     def compute_loss(self, model, inputs, **kwargs):
         ctc = self.args.ctc_weight if model.training else 0.0
         alone = ctc and self.state.global_step < self.args.ctc_first * self.state.max_steps
         return super().compute_loss(model, inputs | {"ctc": ctc, "ctc_alone": alone}, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        with self.gathered([*self.model.projector.parameters()]):
+        with GatheredParameters([*self.model.projector.parameters()]):  # of ZeRO-3's shards
             if self.args.should_save:
                 self.model.save_projector(f"{output_dir or self.args.output_dir}/model.safetensors")
 
@@ -74,7 +72,6 @@ def main(argv: list[str] | None = None) -> None:
     if args.deepspeed:
         import deepspeed
 
-        ProjectorTrainer.gathered = deepspeed.zero.GatheredParameters
         engine, options = deepspeed.DeepSpeedEngine, {"exclude_frozen_parameters": True}
         engine.save_checkpoint = partialmethod(engine.save_checkpoint, **options)
         deepspeed.ops.__compatible_ops__ = {}  # gloo, and nothing to compile
