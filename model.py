@@ -136,16 +136,16 @@ class SpeechLLM(nn.Module):
 
     def project(self, encoder_lengths, mel, **_) -> tuple[Tensor, Tensor]:
         """Audio (B, A, D), each position as long as a typical embedding, and true lengths (B,)."""
-        encoded, encoder = [None] * len(mel), self.encoder.to(encoder_lengths.device)
+        encoder, outputs = self.encoder.to(encoder_lengths.device), {}
         for frames in {x.shape[2] for x in mel}:  # windows of one size at once
-            places = [i for i, x in enumerate(mel) if x.shape[2] == frames]
-            windows = torch.cat([mel[i] for i in places]).to(self.llm.dtype)
+            windows = torch.cat([x for x in mel if x.shape[2] == frames]).to(self.llm.dtype)
             # Whisper's encoder is made for 30 s, but its positions are sines, and end anywhere
             positions = {"positional_embedding": encoder.positional_embedding[: frames // 2]}
-            outputs = torch.func.functional_call(encoder, positions, windows)
-            for i, x in zip(places, outputs.split([len(mel[i]) for i in places])):
-                encoded[i] = x.flatten(0, 1)[: encoder_lengths[i]]  # (E, C)
-        audio = self.rms * self.projector(pad_sequence(encoded, True).to(self.projector.conv.bias))
+            outputs[frames] = iter(torch.func.functional_call(encoder, positions, windows))
+        # each utterance takes its own from those of their size, which are in its order: (E, C)
+        joined = [torch.cat([next(outputs[x.shape[2]]) for _ in x]) for x in mel]
+        encoded = pad_sequence([x[:n] for x, n in zip(joined, encoder_lengths)], True)
+        audio = self.rms * self.projector(encoded.to(self.projector.conv.bias))
         return audio, -(-encoder_lengths // self.projector.conv.stride[0])
 
     def ctc_loss(self, audio: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
