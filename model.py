@@ -104,14 +104,14 @@ class SpeechLLM(nn.Module):
         self.settings, self.tokenizer, self.blank = settings, tokenizer, encode(tokenizer, " ")[-1]
         # no submodule, as ZeRO would shard it: each process calls it as often as its audio needs
         self.__dict__["encoder"] = encoder.requires_grad_(False)
-        self.llm = llm.requires_grad_(False)
+        # the Trainer asks for the config, as its width is ZeRO's size of buckets
+        self.llm, self.config = llm.requires_grad_(False), llm.config
         # 80 mel bins, or 128 from large-v3 on
         n_mels, encoder_dim = encoder.conv1.in_channels, encoder.conv1.out_channels
         stride, llm_dim = int(settings["stride"]), llm.get_input_embeddings().embedding_dim
         self.projector = Projector(encoder_dim, llm_dim, int(settings["hidden_dim"]), stride)
         # a checkpoint is the projector: the rest is not missing
         self.register_load_state_dict_post_hook(lambda _, keys: keys.missing_keys.clear())
-        self.config = llm.config  # its width is ZeRO's size of buckets
         self.activation_checkpointing_enable = llm.activation_checkpointing_enable
         stops = torch.tensor(llm.generation_config.eos_token_id or []).flatten().tolist()
         # no sampling, no penalties of a chat
