@@ -15,7 +15,6 @@ import whisper
 from accelerate import PartialState
 from safetensors.torch import load_file, safe_open, save
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
 # what to do with the audio behind it, and, a line each, examples: text that was repeated before
@@ -144,7 +143,7 @@ class SpeechLLM(nn.Module):
             outputs[frames] = iter(torch.func.functional_call(encoder, positions, windows))
         # each utterance takes its own from those of their size, which are in its order: (E, C)
         joined = [torch.cat([next(outputs[x.shape[2]]) for _ in x]) for x in mel]
-        encoded = pad_sequence([x[:n] for x, n in zip(joined, encoder_lengths)], True)
+        encoded = nn.utils.rnn.pad_sequence([x[:n] for x, n in zip(joined, encoder_lengths)], True)
         audio = self.rms * self.projector(encoded.to(self.projector.conv.bias))
         return audio, -(-encoder_lengths // self.projector.conv.stride[0])
 
@@ -181,10 +180,10 @@ class SpeechLLM(nn.Module):
         speech = F.cosine_similarity(audio, text[0], dim=-1) < BLANK_COSINE  # (B, A)
         parts = zip(audio.to(text[0].dtype), speech, lengths, text[2:])
         rows = [torch.cat([text[1], x[:n][kept[:n]], tail]) for x, kept, n, tail in parts]
-        mask = pad_sequence([labels.new_ones(len(x)) for x in rows], True, padding_side="left")
+        mask = nn.utils.rnn.pad_sequence([labels.new_ones(len(x)) for x in rows], True, 0, "left")
         mask = F.pad(mask, (start, 0), value=1)  # is of the cache as well
         inputs = {"attention_mask": mask, "position_ids": mask.cumsum(1)[:, start:] - 1}
-        inputs["inputs_embeds"] = pad_sequence(rows, True, padding_side="left")
+        inputs["inputs_embeds"] = nn.utils.rnn.pad_sequence(rows, True, 0, "left")
         return inputs | {"cache": DynamicCache(kv, config=self.llm.config) if cached else None}
 
     def forward(self, labels, num_items_in_batch=None, ctc=0.0, ctc_alone=False, **batch):
