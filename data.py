@@ -7,6 +7,7 @@ Shapes: B utterances, S samples, W windows of an utterance, M mel bins, F mel fr
 
 import json
 from fileinput import FileInput
+from io import BytesIO
 from pathlib import Path
 
 import soundfile
@@ -16,17 +17,29 @@ from whisper.audio import N_SAMPLES, N_SAMPLES_PER_TOKEN, SAMPLE_RATE, log_mel_s
 
 from model import IGNORE, encode
 
+AUDIO = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif"}  # no manifests
 SILENCE = SAMPLE_RATE // 2  # samples; windows under 30 s are multiples, one at least being silence
 
 
+def open_manifest(path: str, mode: str):
+    """A manifest; or one without transcripts, made up for an audio file, or for a folder of them.
+
+    They are in the order of their names.
+    """
+    files = [Path(path), *sorted(Path(path).rglob("*"))]
+    lines = [json.dumps({"wav": str(x.absolute())}) for x in files if x.suffix.lower() in AUDIO]
+    return BytesIO("\n".join(lines).encode()) if lines else open(path, mode)
+
+
 def read_manifest(paths: list[str], empty: str | None = None) -> list[dict]:
-    """All utterances of the manifests in order, with `_path` and `duration` (s) of their audio.
+    """All utterances in order, with `_path` and `duration` (s) of their audio.
 
     A relative `wav` is relative to its manifest. ValueError that counts the bad lines, and has the
     first ten by file:line; audio whose header cannot be read makes one, but where the line has its
     `duration` it is not opened. `txt` may be missing or empty only where `empty` is "", not None.
+    There paths may be of audio and of folders, too.
     """
-    rows, bad, file = [], [], FileInput(paths, mode="rb")  # noqa: SIM115, it closes at its end
+    rows, bad, file = [], [], FileInput(paths, mode="rb", openhook=open_manifest)  # noqa: SIM115
     for line in filter(None, map(bytes.strip, file)):
         try:
             row = {**json.loads(line)}

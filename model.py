@@ -241,13 +241,14 @@ class SpeechLLM(nn.Module):
         Path(path).write_bytes(save(self.projector.state_dict(prefix="projector."), self.settings))
 
 
-def load(projector_model_path=None, bf16=False, **given):
+def load(projector_model_path=None, bf16=False, attention=None, **given):
     """A SpeechLLM, on the CPU, or under ZeRO-3 with its LLM sharded.
 
     Of a command's arguments, `given`, these count: llm_model_name_or_path (for transformers' Auto
     classes), whisper_model_name_or_path (a name of openai-whisper's or a .pt file), stride and
     prompt. What is missing or None is the projector file's, or else the default. ValueError where
-    they differ; but a model may have moved: the last part of its path must be the same.
+    they differ; but a model may have moved: the last part of its path must be the same. Attention
+    is the LLM's implementation, or None for the default of transformers.
     """
     path, what, dtype = projector_model_path, None, torch.bfloat16 if bf16 else torch.float32
     given = {k: str(x) for k, x in given.items() if x and ("_name_or_path" in k or k in DEFAULTS)}
@@ -261,7 +262,7 @@ def load(projector_model_path=None, bf16=False, **given):
         with PartialState().local_main_process_first():  # one process downloads
             encoder = whisper.load_model(what := spec["whisper_model_name_or_path"], "cpu").encoder
         tokenizer = AutoTokenizer.from_pretrained(what := spec["llm_model_name_or_path"])
-        llm = AutoModelForCausalLM.from_pretrained(what, dtype=dtype)
+        llm = AutoModelForCausalLM.from_pretrained(what, dtype=dtype, attn_implementation=attention)
         model = SpeechLLM(encoder, llm, tokenizer, spec)
         if path:
             nn.ModuleDict({"projector": model.projector}).load_state_dict(load_file(what := path))

@@ -1,10 +1,12 @@
-"""Recognise a manifest with beam search and score it.
+"""Recognise a manifest with beam search and score it, or recognise audio files.
 
     python recognize.py --projector_model_path exp/model.safetensors --data_path test.jsonl \
         --num_beams 1 3 5 --result_path result.jsonl
+    python recognize.py --projector_model_path exp/model.safetensors --wav a.wav b.flac folder/
 
-writes one hypothesis a line in the manifest's order, for several beams a file each, and prints a
-table of WER, or CER for Chinese and Japanese, of the utterances that have a transcript.
+The first writes one hypothesis a line in the manifest's order, for several beams a file each, and
+prints a table of WER, or CER for Chinese and Japanese, of the utterances that have a transcript.
+Without --result_path hypotheses are printed, path<TAB>text.
 """
 
 import json
@@ -26,8 +28,8 @@ from model import load, run
 @dataclass
 class Arguments:
     projector_model_path: str = HfArg(help="The model.safetensors that train.py wrote.")
-    data_path: list[str] = HfArg(help="JSONL manifests; txt may be missing.")
-    result_path: str = HfArg(help="JSONL, the manifest's keys and the hypothesis, hyp.")
+    data_path: list[str] = HfArg(aliases=["--wav"], help="JSONL manifests, audio, folders of it.")
+    result_path: Path | None = HfArg(default=None, help="JSONL of results, which are else printed.")
     num_beams: list[int] = HfArg(default_factory=lambda: [3], help="Beam widths; 1 is greedy.")
     batch_size: int = HfArg(default=8, help="Utterances decoded at once.")
     bf16: bool = HfArg(default=torch.accelerator.is_available(), help="bfloat16, not float32.")
@@ -70,11 +72,11 @@ def score(rows: list[dict], norm=None) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     [args] = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
-    if min(args.batch_size, *args.num_beams) < 1 or Path(args.result_path).is_dir():
+    if min(args.batch_size, *args.num_beams) < 1 or args.result_path and args.result_path.is_dir():
         raise ValueError(f"wanted num_beams, batch_size >= 1, result_path no folder, got {args}")
-    rows, path, table = read_manifest(args.data_path, empty=""), Path(args.result_path), []
+    rows, path, table = read_manifest(args.data_path, empty=""), args.result_path, []
     state = accelerate.PartialState(cpu=not torch.accelerator.is_available())
-    part = Path(f"{path}.part" if state.is_main_process else "/dev/null")
+    part = Path(f"{path}.part" if path and state.is_main_process else "/dev/null")
     part.parent.mkdir(parents=True, exist_ok=True)
     model = load(**vars(args)).to(state.device).eval()
     for beams in args.num_beams:
@@ -88,7 +90,8 @@ def main(argv: list[str] | None = None) -> None:
             table += [{"beam": beams, **score(scored), "RTF": rtf, "seconds": f"{seconds:.1f}"}]
         lines = [json.dumps({k: x[k] for k in x if k[0] != "_"}, ensure_ascii=False) for x in rows]
         part.write_text("\n".join([*lines, ""]), encoding="utf-8", errors="replace")
-        if state.is_main_process:
+        state.print(*(f"{x['_path']}\t{x['hyp']}\n" for x in rows if not path), sep="", end="")
+        if path and state.is_main_process:
             part.replace(path.with_stem(path.stem + f".beam{beams}" * (len(args.num_beams) > 1)))
     for cells in [table[0], ["---"] * len(table[0]), *map(dict.values, table)] if table else []:
         state.print("|", " | ".join(map(str, cells)), "|")

@@ -65,7 +65,7 @@ for log in json.load(open("$trained/trainer_state.json"))["log_history"]:
         print(f"{8 * log['step']:18}", *(f"{figure:6.2f}" for figure in figures), sep=" | ")
 END
 echo "== demo/projector.safetensors, which was trained on real speech, reads some of these sentences"
-.venv/bin/python demo/transcribe.py --projector_model_path demo/projector.safetensors \
+.venv/bin/python recognize.py --projector_model_path demo/projector.safetensors \
     --wav demo/speech/test/000?.flac
 echo "== before training"
 cat $untrained/score.txt

@@ -1,4 +1,4 @@
-"""Print what is said in audio files, of any length, or use `transcribe` from Python.
+"""Print what is said in audio files of any length, or use `transcribe` from Python.
 
     python demo/transcribe.py --projector_model_path exp/model.safetensors --wav a.wav b.flac \
         folder/
@@ -10,17 +10,20 @@ where it is quietest, in pieces of at most 10 s, and each of them is recognised 
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
+import soundfile
 import torch
-from tqdm import tqdm
+from accelerate import PartialState
 from transformers.hf_argparser import HfArg, HfArgumentParser
-from whisper.audio import N_SAMPLES, N_SAMPLES_PER_TOKEN, SAMPLE_RATE
+from whisper.audio import N_SAMPLES, SAMPLE_RATE
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from data import load_audio, log_mel
+from data import load_audio
 from model import SpeechLLM, load, run
+from recognize import recognize
 
 SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif"}
 PIECE = 10 * SAMPLE_RATE  # samples, at most, of the pieces of audio over 30 s
@@ -54,31 +57,22 @@ def split(audio: torch.Tensor) -> Iterator[torch.Tensor]:
     yield audio
 
 
-@torch.inference_mode()
 def transcribe(
     model: SpeechLLM, audios: list, num_beams: int = 3, batch_size: int = 8
 ) -> list[str]:
     """The text of each audio, a path or a waveform (S,), mono at 16 kHz, by model.load's model."""
-    model.eval()
-    device, pieces = model.projector.conv.weight.device, []
-    for i, audio in enumerate(audios):
+    model.to(PartialState().device).eval()
+    rows: list[list[dict]] = []  # of each audio's pieces, as of a manifest
+    for audio in audios:
         samples = load_audio(str(audio)) if isinstance(audio, str | Path) else audio
-        pieces += [(i, x) for x in split(torch.as_tensor(samples, dtype=torch.float32))]
-    texts = [""] * len(pieces)
-    order = sorted(range(len(pieces)), key=lambda j: -len(pieces[j][1]))  # of about one length
-    for start in tqdm(range(0, len(order), batch_size), disable=len(order) <= batch_size):
-        places = order[start : start + batch_size]
-        lengths = [-(-len(pieces[j][1]) // N_SAMPLES_PER_TOKEN) for j in places]
-        mel = [log_mel(pieces[j][1], model.collation["n_mels"]).to(device) for j in places]
-        batch = {"mel": mel, "encoder_lengths": torch.tensor(lengths, device=device)}
-        batch["labels"] = torch.empty(len(places), 0, dtype=torch.long, device=device)
-        for j, ids in zip(places, model.generate(num_beams, **batch)):
-            ids = ids[ids != model.end_id]  # which need not be a special token
-            texts[j] = model.tokenizer.decode(ids, skip_special_tokens=True)
-    joined = [""] * len(audios)
-    for (i, _), text in zip(pieces, texts):
-        joined[i] = " ".join(f"{joined[i]} {text}".split())
-    return joined
+        rows.append([])
+        for piece in split(torch.as_tensor(samples, dtype=torch.float32)):
+            file = BytesIO()
+            soundfile.write(file, piece.numpy(), SAMPLE_RATE, format="WAV", subtype="FLOAT")
+            file.seek(0)
+            rows[-1].append({"_path": file, "_txt": "", "duration": len(piece) / SAMPLE_RATE})
+    list(recognize(model, [row for pieces in rows for row in pieces], batch_size, num_beams))
+    return [" ".join(row["hyp"] for row in pieces if row["hyp"]) for pieces in rows]
 
 
 def find(paths: list[str]) -> list[str]:
@@ -99,8 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     if min(args.num_beams, args.batch_size) < 1:
         raise ValueError(f"wanted 1 or more, got {args.num_beams=}, {args.batch_size=}")
     files = find(args.wav)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    model = load(**vars(args)).to(device)
+    model = load(**vars(args))
     for start in range(0, len(files), GROUP):
         group = files[start : start + GROUP]
         for file, text in zip(group, transcribe(model, group, args.num_beams, args.batch_size)):

@@ -161,7 +161,7 @@ MODELS = {
     "--num_beams 0": r"wanted num_beams, batch_size >= 1, .*, got .*num_beams=\[0\]",
     "--num_beams 3 -1": r"wanted num_beams, batch_size >= 1, .*, got .*num_beams=\[3, -1\]",
     "--batch_size 0": r"wanted num_beams, batch_size >= 1, .*, got .*batch_size=0",
-    "--result_path folder": r"wanted .*result_path no folder, got .*result_path='folder'",
+    "--result_path folder": r"wanted .*result_path no folder, got .*result_path=.*'folder'",
     "--result_path a.wav/out.jsonl": r"File exists: 'a.wav'",
     "--result_path /proc/out.jsonl": r"No such file or directory: '/proc/out.jsonl.part'",
     "--data_path missing.jsonl": r"No such file or directory: 'missing.jsonl'",

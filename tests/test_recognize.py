@@ -178,3 +178,29 @@ def test_audio_that_is_too_long_for_the_llm_is_refused_by_name(paths, projector,
     model.room = 13  # 0.wav has 25 encoder positions, five of which are joined, and two letters
     with pytest.raises(ValueError, match="7.wav: takes .* positions, max_length=13"):
         list(recognize.recognize(model, rows, 8, 1))
+
+
+def test_files_and_folders_are_printed_with_their_texts(paths, projector, tmp_path, capsys):
+    (tmp_path / "folder" / "deep").mkdir(parents=True)
+    tiny.make_sound(tmp_path / "folder" / "deep" / "b.flac", 0.4, 300)
+    tiny.make_sound(tmp_path / "folder" / "a.wav", 0.5, 200)
+    (tmp_path / "folder" / "notes.txt").write_text("no audio")
+    tiny.make_sound(tmp_path / "c.wav", 0.7, 300)
+    arguments = ["--projector_model_path", projector, "--wav", str(tmp_path / "c.wav")]
+    recognize.main([*arguments, str(tmp_path / "folder"), paths.manifest, "--num_beams", "2"])
+    printed = capsys.readouterr().out
+    lines = [line.split("\t") for line in printed.splitlines() if "\t" in line]
+    names = [Path(path).relative_to(tmp_path) for path, _ in lines[:3]]
+    assert list(map(str, names)) == ["c.wav", "folder/a.wav", "folder/deep/b.flac"]
+    assert len(lines) == 3 + 8 and "| 2 | " in printed  # the manifest's have a score
+    results = run(projector, paths.manifest, tmp_path / "out.jsonl", "--num_beams", "2")
+    assert [text for _, text in lines[3:]] == [json.loads(line)["hyp"] for line in results]
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "c.wav", "out.jsonl"}
+
+
+def test_audio_that_is_not_there_and_empty_folders_are_named(tmp_path):
+    with pytest.raises(ValueError, match='d.wav:1: "wav" must be audio'):
+        read_manifest([str(tmp_path / "d.wav")], empty="")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OSError, match="Is a directory: '.*empty'"):
+        read_manifest([str(tmp_path / "empty")], empty="")

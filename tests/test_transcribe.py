@@ -13,7 +13,7 @@ from whisper.audio import N_SAMPLES
 
 import recognize
 from data import read_manifest
-from model import encode, load
+from model import load
 
 SCRIPT = Path(transcribe.__file__)
 
@@ -31,13 +31,6 @@ def test_texts_are_those_of_recognize_in_the_order_given(paths, model):
     waveforms = [soundfile.read(file, dtype="float32")[0] for file in files]
     assert transcribe.transcribe(model, waveforms, 2, 8) == [texts[file] for file in files]
     assert transcribe.transcribe(model, []) == []
-
-
-def test_an_end_that_is_no_special_token_is_not_in_the_text(model, monkeypatch):
-    monkeypatch.setattr(model, "end_id", encode(model.tokenizer, "|")[0])
-    ids = torch.tensor([[*encode(model.tokenizer, " go on"), model.end_id, model.end_id]])
-    monkeypatch.setattr(model, "generate", lambda beams, **batch: ids)
-    assert transcribe.transcribe(model, [np.zeros(8000, np.float32)]) == ["go on"]
 
 
 def test_long_audio_is_cut_in_its_silences_and_nothing_is_lost(model, monkeypatch):
