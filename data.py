@@ -17,16 +17,16 @@ from whisper.audio import N_SAMPLES, N_SAMPLES_PER_TOKEN, SAMPLE_RATE, log_mel_s
 
 from model import IGNORE, encode
 
-AUDIO = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif"}  # no manifests
+AUDIO = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".m4a"}
 SILENCE = SAMPLE_RATE // 2  # samples; windows under 30 s are multiples, one at least being silence
 
 
 def open_manifest(path: str, mode: str):
     """A manifest; or one without transcripts, made up for an audio file, or for a folder of them.
 
-    They are in the order of their names.
+    A folder's files are in the order of their names.
     """
-    files = [Path(path), *sorted(Path(path).rglob("*"))]
+    files = [x for x in (Path(path), *sorted(Path(path or "-").rglob("*"))) if not x.is_dir()]
     lines = [json.dumps({"wav": str(x.absolute())}) for x in files if x.suffix.lower() in AUDIO]
     return BytesIO("\n".join(lines).encode()) if lines else open(path, mode)
 
@@ -37,7 +37,7 @@ def read_manifest(paths: list[str], empty: str | None = None) -> list[dict]:
     A relative `wav` is relative to its manifest. ValueError that counts the bad lines, and has the
     first ten by file:line; audio whose header cannot be read makes one, but where the line has its
     `duration` it is not opened. `txt` may be missing or empty only where `empty` is "", not None.
-    There paths may be of audio and of folders, too.
+    Then paths may be of audio and folders, too.
     """
     rows, bad, file = [], [], FileInput(paths, mode="rb", openhook=open_manifest)  # noqa: SIM115
     for line in filter(None, map(bytes.strip, file)):

@@ -117,7 +117,7 @@ class SpeechLLM(nn.Module):
         llm.generation_config = GenerationConfig(eos_token_id=[int(self.end_id), *stops])
         # what data.collate is to know
         self.collation = dict(tokenizer=tokenizer, end_id=self.end_id, stride=stride, n_mels=n_mels)
-        # positions left for audio and text
+        # positions for the audio and what follows it
         self.room = getattr(llm.config, "max_position_embeddings", torch.inf) - len(self.before)
 
     @cached_property

@@ -40,7 +40,8 @@ class Arguments:
 def recognize(model, rows: list[dict], batch_size: int, num_beams: int):
     """Add to each row of `read_manifest` its hypothesis, `hyp`, and yield it, long audio first.
 
-    Several processes share the batches out, and each of them yields all rows.
+    Several processes share the batches out, and each of them yields all rows. The model is to be on
+    accelerate's device.
     """
     rows, accelerator = sorted(rows, key=lambda row: -row["duration"]), accelerate.Accelerator()
     collator, pending = partial(collate, **model.collation, max_length=model.room), iter(rows)

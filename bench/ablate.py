@@ -24,7 +24,7 @@ import data
 import model
 import train
 
-HEAD = "utterances | loss | listening gap | greedy WER\n---|---|---|---\n"
+HEAD = "utterances | loss | listening gap | greedy WER or CER\n---|---|---|---\n"
 
 
 def change(name: str, value: str) -> None:
@@ -55,7 +55,8 @@ def curve(args: train.TrainingArguments) -> str:
         if "eval_loss" in log:
             seen = log["step"] * args.train_batch_size * args.gradient_accumulation_steps
             cells = [seen, f"{log['eval_loss']:.2f}", f"{log['eval_listening_gap']:.2f}"]
-            table += " | ".join(map(str, [*cells, f"{log['eval_WER %']} %"])) + "\n"
+            rate = next((log[key] for key in ("eval_WER %", "eval_CER %") if key in log), "-")
+            table += " | ".join(map(str, [*cells, f"{rate} %"])) + "\n"
     return table
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+from accelerate import PartialState
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -43,7 +44,7 @@ def join(manifest: str, seconds: float, folder: str) -> list[dict]:
 
 
 def main(projector: str, manifest: str, seconds: str) -> None:
-    model = load(projector).eval()
+    model = load(projector).to(PartialState().device).eval()
     with tempfile.TemporaryDirectory() as folder:
         rows = join(manifest, float(seconds), folder)
         cells = score(list(recognize(model, rows, 1, BEAMS)))

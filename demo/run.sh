@@ -61,7 +61,7 @@ for line in open("$trained/test.jsonl").readlines()[:8]:
 print("== utterances seen | loss | listening gap, nats a token | greedy WER of 40 sentences, %")
 for log in json.load(open("$trained/trainer_state.json"))["log_history"]:
     if "eval_loss" in log:
-        figures = [log[f"eval_{key}"] for key in ("loss", "listening_gap", "WER %")]
+        figures = [log.get(f"eval_{key}", float("nan")) for key in ("loss", "listening_gap", "WER %")]
         print(f"{8 * log['step']:18}", *(f"{figure:6.2f}" for figure in figures), sep=" | ")
 END
 echo "== demo/projector.safetensors, which was trained on real speech, reads some of these sentences"

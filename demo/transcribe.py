@@ -21,11 +21,10 @@ from whisper.audio import N_SAMPLES, SAMPLE_RATE
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from data import load_audio
+from data import AUDIO, load_audio
 from model import SpeechLLM, load, run
 from recognize import recognize
 
-SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif"}
 PIECE = 10 * SAMPLE_RATE  # samples, at most, of the pieces of audio over 30 s
 QUIET = SAMPLE_RATE // 5  # samples, over which the loudness is measured
 GROUP = 100  # files whose texts are printed at once
@@ -60,13 +59,20 @@ def split(audio: torch.Tensor) -> Iterator[torch.Tensor]:
 def transcribe(
     model: SpeechLLM, audios: list, num_beams: int = 3, batch_size: int = 8
 ) -> list[str]:
-    """The text of each audio, a path or a waveform (S,), mono at 16 kHz, by model.load's model."""
+    """The text of each audio, a path or a waveform (S,), mono at 16 kHz, by model.load's model.
+
+    The model is moved to accelerate's device. Several processes share the pieces out. ValueError
+    for what is no audio.
+    """
     model.to(PartialState().device).eval()
     rows: list[list[dict]] = []  # of each audio's pieces, as of a manifest
-    for audio in audios:
+    for i, audio in enumerate(audios):
         samples = load_audio(str(audio)) if isinstance(audio, str | Path) else audio
+        samples = torch.as_tensor(samples, dtype=torch.float32, device="cpu").detach()
+        if not (len(samples) and samples.abs().max() < float("inf")):
+            raise ValueError(f"audio {i} holds no samples, or such that are no numbers")
         rows.append([])
-        for piece in split(torch.as_tensor(samples, dtype=torch.float32)):
+        for piece in split(samples):
             file = BytesIO()
             soundfile.write(file, piece.numpy(), SAMPLE_RATE, format="WAV", subtype="FLOAT")
             file.seek(0)
@@ -81,7 +87,7 @@ def find(paths: list[str]) -> list[str]:
     for path in map(Path, paths):
         if not path.exists():
             raise ValueError(f"--wav {path}: there is no such file or folder")
-        inside = (x for x in sorted(path.rglob("*")) if x.suffix.lower() in SUFFIXES)
+        inside = (x for x in sorted(path.rglob("*")) if x.suffix.lower() in AUDIO)
         files += [str(x) for x in inside if x.is_file()] if path.is_dir() else [str(path)]
     if not files:
         raise ValueError(f"--wav {' '.join(paths)}: no audio file in it")
@@ -97,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     for start in range(0, len(files), GROUP):
         group = files[start : start + GROUP]
         for file, text in zip(group, transcribe(model, group, args.num_beams, args.batch_size)):
-            print(f"{file}\t{text}", flush=True)
+            PartialState().print(f"{file}\t{text}", flush=True)
 
 
 if __name__ == "__main__":

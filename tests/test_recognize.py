@@ -174,8 +174,9 @@ def test_two_processes_recognise_what_one_does_in_the_order_of_the_manifest(
 
 def test_audio_that_is_too_long_for_the_llm_is_refused_by_name(paths, projector, tmp_path):
     model = load(projector)
+    assert model.room == 4096 - len(model.before)
     rows = read_manifest([paths.manifest])
-    model.room = 13  # 0.wav has 25 encoder positions, five of which are joined, and two letters
+    model.room = 13  # the longest, 7.wav, has 71 encoder positions, five of which are joined
     with pytest.raises(ValueError, match="7.wav: takes .* positions, max_length=13"):
         list(recognize.recognize(model, rows, 8, 1))
 
@@ -201,6 +202,11 @@ def test_files_and_folders_are_printed_with_their_texts(paths, projector, tmp_pa
 def test_audio_that_is_not_there_and_empty_folders_are_named(tmp_path):
     with pytest.raises(ValueError, match='d.wav:1: "wav" must be audio'):
         read_manifest([str(tmp_path / "d.wav")], empty="")
-    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "talk.wav").mkdir(parents=True)  # a folder, too
     with pytest.raises(OSError, match="Is a directory: '.*empty'"):
         read_manifest([str(tmp_path / "empty")], empty="")
+    tiny.make_sound(tmp_path / "empty" / "talk.wav" / "a.wav", 0.4, 300)
+    [row] = read_manifest([str(tmp_path / "empty")], empty="")
+    assert row["_path"] == str(tmp_path / "empty" / "talk.wav" / "a.wav") and "txt" not in row
+    with pytest.raises(OSError, match="No such file or directory: ''"):  # not all files from here
+        read_manifest([""], empty="")

@@ -31,6 +31,8 @@ def test_texts_are_those_of_recognize_in_the_order_given(paths, model):
     waveforms = [soundfile.read(file, dtype="float32")[0] for file in files]
     assert transcribe.transcribe(model, waveforms, 2, 8) == [texts[file] for file in files]
     assert transcribe.transcribe(model, []) == []
+    with pytest.raises(ValueError, match="audio 1 holds no samples, or such that are no numbers"):
+        transcribe.transcribe(model, [waveforms[0], np.full(8000, np.nan, np.float32)])
 
 
 def test_long_audio_is_cut_in_its_silences_and_nothing_is_lost(model, monkeypatch):
