@@ -37,7 +37,7 @@ def curves(runs: list[str]) -> None:
     }
     titles |= {f"eval_{metric} %": f"greedy {metric}, %" for metric in ("WER", "CER")}
     panels: dict[str, list] = {}
-    for run in runs:
+    for i, run in enumerate(runs):
         folder, _, size = run.partition(":")
         state = json.loads(Path(folder, "trainer_state.json").read_text())
         seen = int(size or state["train_batch_size"])  # utterances of a step
@@ -45,15 +45,16 @@ def curves(runs: list[str]) -> None:
             logs = [log for log in state["log_history"] if key in log]
             line = [seen * log["step"] for log in logs], [log[key] for log in logs]
             if logs:
-                panels.setdefault(title, []).append((Path(folder).name, *line))
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(WIDTH, HEIGHT))
+                panels.setdefault(title, []).append((Path(folder).name, f"C{i}", *line))
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(WIDTH, HEIGHT), layout="constrained")
     for axis, (title, lines) in zip(axes, panels.items()):
-        for name, x, y in lines:
-            axis.plot(x, y, marker="o", markersize=3, label=name)
+        for name, color, x, y in lines:
+            axis.plot(x, y, marker="o", markersize=3, label=name, color=color)
         axis.set(title=title, xlabel="utterances seen")
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1000:g}k"))
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="small")
+    names = axes[0].get_legend_handles_labels()
+    figure.legend(*names, fontsize="small", loc="outside lower center", ncols=3)
 
 
 def beams(path: Path) -> None:
@@ -61,7 +62,7 @@ def beams(path: Path) -> None:
     rows = table(path)
     metric = next(head for head in rows[0] if head.endswith("%"))
     widths = [row["beam"] for row in rows]
-    figure, axes = pyplot.subplots(1, 2, figsize=(WIDTH, HEIGHT))
+    figure, axes = pyplot.subplots(1, 2, figsize=(WIDTH, HEIGHT), layout="constrained")
     for axis, head, name in zip(axes, (metric, "RTF"), (metric, "real-time factor")):
         axis.plot(widths, [float(row[head]) for row in rows], marker="o")
         axis.set(title=name, xlabel="beam width")
@@ -73,7 +74,6 @@ def main(out: str, *sources: str) -> None:
         beams(Path(sources[0]))
     else:
         curves(list(sources))
-    pyplot.tight_layout()
     pyplot.savefig(out, dpi=100)
     print(out)
 

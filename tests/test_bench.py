@@ -9,7 +9,9 @@ from pathlib import Path
 import tiny
 import torch
 
-from model import SpeechLLM, encode
+import recognize
+from data import read_manifest
+from model import SpeechLLM, encode, load
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -69,6 +71,18 @@ def test_greedy_ctc_merges_repetitions_and_drops_blanks(
     assert capsys.readouterr().out.splitlines()[-1].startswith("1 of 2 transcripts")
 
 
+def test_of_a_beam_the_choice_of_recognition_and_the_nearest_are_scored(paths, projector):
+    lines = bench("nbest.py", projector, paths.manifest, "3").splitlines()
+    head, _, *rows = [line.split(" | ") for line in lines]
+    assert head[1:] == ["WER %", "substitutions", "deletions", "insertions"]
+    rates = {row[0]: float(row[1]) for row in rows}
+    assert len(rates) == 5 * 3 + 1 and min(rates.values()) == rates["nearest"]
+    rows = read_manifest([paths.manifest])
+    model = load(projector, bf16=True).eval()
+    done = list(recognize.recognize(model, rows, 8, 3))
+    assert rates["1, 0"] == float(recognize.score(done)["WER %"])
+
+
 def test_speed_compares_both_flows(paths):
     options = ["--data_path", paths.manifest, "--llm_model_name_or_path", paths.qwen]
     options += ["--whisper_model_name_or_path", paths.whisper, "--rounds", "1", "--batches", "2"]
@@ -109,6 +123,7 @@ def test_curves_and_beams_are_drawn(tmp_path):
     loss, gap, rate = plot.pyplot.gcf().axes
     assert [list(line.get_xdata()) for line in loss.lines] == [[20, 40], [320, 640]]
     assert list(gap.lines[0].get_ydata()) == [1, 2] and list(rate.lines[0].get_ydata()) == [94.5]
+    assert gap.lines[0].get_color() == rate.lines[0].get_color() != gap.lines[1].get_color()
     plot.beams(tmp_path / "table.md")
     rate, factor = plot.pyplot.gcf().axes
     assert list(rate.lines[0].get_ydata()) == [12.5, 11]
