@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The headline row of docs/results.md, from manifests:
+# A projector like the one that ships (docs/results.md), from manifests:
 #
 #     bash bench/results.sh TRAIN.jsonl DEV.jsonl WHISPER.pt OUT [SEED]
 #
