@@ -21,7 +21,7 @@ from whisper.audio import N_SAMPLES, SAMPLE_RATE
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from data import AUDIO, load_audio
+from data import load_audio, read_manifest
 from model import SpeechLLM, load, run
 from recognize import recognize
 
@@ -81,24 +81,11 @@ def transcribe(
     return [" ".join(row["hyp"] for row in pieces if row["hyp"]) for pieces in rows]
 
 
-def find(paths: list[str]) -> list[str]:
-    """Files as they are, and the audio files in folders, in order."""
-    files = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise ValueError(f"--wav {path}: there is no such file or folder")
-        inside = (x for x in sorted(path.rglob("*")) if x.suffix.lower() in AUDIO)
-        files += [str(x) for x in inside if x.is_file()] if path.is_dir() else [str(path)]
-    if not files:
-        raise ValueError(f"--wav {' '.join(paths)}: no audio file in it")
-    return files
-
-
 def main(argv: list[str] | None = None) -> None:
     [args] = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
     if min(args.num_beams, args.batch_size) < 1:
         raise ValueError(f"wanted 1 or more, got {args.num_beams=}, {args.batch_size=}")
-    files = find(args.wav)
+    files = [row["_path"] for row in read_manifest(args.wav, empty="")]
     model = load(**vars(args))
     for start in range(0, len(files), GROUP):
         group = files[start : start + GROUP]

@@ -67,13 +67,10 @@ def test_files_and_folders_are_printed_with_their_texts(paths, projector, tmp_pa
     command = [sys.executable, SCRIPT, "--projector_model_path", projector, "--wav", "c.wav"]
     done = subprocess.run([*command, "folder"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    files = [line.split("\t")[0] for line in done.stdout.splitlines()]
-    assert files == ["c.wav", "folder/a.wav", "folder/deep/b.flac"]
-    with pytest.raises(ValueError, match="d.wav: there is no such file"):
-        transcribe.find(["d.wav"])
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no audio file in it"):
-        transcribe.find([str(tmp_path / "empty")])
+    files = [Path(line.split("\t")[0]) for line in done.stdout.splitlines()]
+    assert files == [tmp_path / x for x in ("c.wav", "folder/a.wav", "folder/deep/b.flac")]
+    with pytest.raises(ValueError, match='d.wav:1: "wav" must be audio'):
+        transcribe.main(["--projector_model_path", projector, "--wav", str(tmp_path / "d.wav")])
 
 
 def sounds(folder):
