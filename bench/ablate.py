@@ -55,8 +55,8 @@ def curve(args: train.TrainingArguments) -> str:
         if "eval_loss" in log:
             seen = log["step"] * args.train_batch_size * args.gradient_accumulation_steps
             cells = [seen, f"{log['eval_loss']:.2f}", f"{log['eval_listening_gap']:.2f}"]
-            rate = next((log[key] for key in ("eval_WER %", "eval_CER %") if key in log), "-")
-            table += " | ".join(map(str, [*cells, f"{rate} %"])) + "\n"
+            rates = [f"{log[key]} %" for key in ("eval_WER %", "eval_CER %") if key in log]
+            table += " | ".join(map(str, [*cells, *(rates or ["-"])])) + "\n"
     return table
 
 

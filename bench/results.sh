@@ -42,8 +42,8 @@ train "$out/$name-ctc" --data_path "$out/train.jsonl" "$out/speed/manifest.jsonl
 train "$out/$name-joint" --projector_model_path "$out/$name-ctc/model.safetensors" \
     --data_path "$out/train.jsonl" "$out/speed/manifest.jsonl" "$out/spoken/manifest.jsonl" \
     --max_steps 3400 --ctc_first 0.65 --lr_scheduler_type cosine --warmup_ratio 0.03 \
-    --eval_data_path "$out/dev-fifth.jsonl" --eval_strategy steps --eval_steps 425 --eval_hypotheses 100 \
-    --save_steps 425 --save_total_limit 2
+    --eval_data_path "$out/dev-fifth.jsonl" --eval_strategy steps --eval_steps 425 \
+    --eval_hypotheses 100 --save_steps 425 --save_total_limit 2
 train "$out/$name" --projector_model_path "$out/$name-joint/model.safetensors" \
     --data_path "$out/train.jsonl" "$out/speed/manifest.jsonl" "$out/more-speed/manifest.jsonl" \
     "$out/spoken/manifest.jsonl" --max_steps 1500 --ctc_first 0 --ctc_weight 1 \

@@ -161,7 +161,8 @@ MODELS = {
     "--num_beams 0": r"wanted num_beams, batch_size >= 1, .*, got .*num_beams=\[0\]",
     "--num_beams 3 -1": r"wanted num_beams, batch_size >= 1, .*, got .*num_beams=\[3, -1\]",
     "--batch_size 0": r"wanted num_beams, batch_size >= 1, .*, got .*batch_size=0",
-    "--result_path folder": r"wanted .*result_path no folder, got .*result_path=.*'folder'",
+    "--result_path folder": r"wanted .*result_path no folder, got "
+    r".*result_path=PosixPath\('folder'\)",
     "--result_path a.wav/out.jsonl": r"File exists: 'a.wav'",
     "--result_path /proc/out.jsonl": r"No such file or directory: '/proc/out.jsonl.part'",
     "--data_path missing.jsonl": r"No such file or directory: 'missing.jsonl'",
@@ -185,7 +186,7 @@ TRAINING = {
     "--llm_model_name_or_path no/such/model": r"cannot load no/such/model: OSError",
     "--output_dir a.wav": r"File exists: 'a.wav'",
     "--output_dir /proc/exp": r"No such file or directory: '/proc/exp'",
-    "--model_max_length 3": r"a.wav: takes 8 positions, max_length=3",
+    "--model_max_length 3": r"a.wav: takes 8 positions, max_length=3 \(flag or LLM\)",
     "--stride -1": r"not >= 1: step=8, args.stride=-1",
     "--stride 0": r"not >= 1: step=8, args.stride=0",
     "--per_device_train_batch_size 0": r"not >= 1: step=0, ",
