@@ -71,7 +71,7 @@ def score(rows: list[dict], norm=None) -> dict:
     return {f"{'CER' if cer else 'WER'} %": f"{100 * out.wer:.2f}", **edits}
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, score=score) -> None:
     [args] = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
     if min(args.batch_size, *args.num_beams) < 1 or args.result_path and args.result_path.is_dir():
         raise ValueError(f"wanted num_beams, batch_size >= 1, result_path no folder, got {args}")

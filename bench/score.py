@@ -1,12 +1,16 @@
-"""Score results again, without a model, with and without their hallucinations:
+"""Score results with their hallucinations told apart, after recognition or in the same command:
 
     python bench/score.py --result_path RESULT.jsonl ... \
         [--metric WER|CER] [--normalizer english|basic|none]
+    python bench/score.py recognize.py --projector_model_path ... --num_beams 1 3 5 \
+        --result_path RESULT.jsonl [--metric WER|CER] [--normalizer english|basic|none]
 
-RESULT is what recognize.py or bench/native.py wrote. Each has a row in a table: its error rate over
-all utterances, "filtered" without those whose hypothesis is a hallucination, and how many were so
-dropped; below are these themselves. All lines of RESULT with a transcript get their own `rate`, and
-in `hallucination` the reason or null. Without the flags, metric and normaliser are recognize.py's.
+The first needs no model; RESULT is what recognize.py or bench/native.py wrote. The second is
+recognize.py, whose table then has what the first one's has. Each result has a row in a table: its
+error rate over all utterances, "filtered" without those whose hypothesis is a hallucination, and
+how many were so dropped; with the table are these themselves. All lines of RESULT with a transcript
+get their own `rate`, and in `hallucination` the reason or null. Without the flags, metric and
+normaliser are recognize.py's.
 """
 
 import json
@@ -16,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from accelerate import PartialState
 from transformers.hf_argparser import HfArg, HfArgumentParser
 from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 
@@ -36,10 +41,14 @@ FASTEST = 25  # characters a second, of which a fast speaker of English says 20
 
 
 @dataclass
-class Arguments:
-    result_path: list[str] = HfArg(help="JSONL files with txt and hyp.")
+class Choices:
     metric: Literal["WER", "CER"] | None = HfArg(default=None, help="Default: by the script.")
     normalizer: Literal["english", "basic", "none"] | None = HfArg(default=None, help="Likewise.")
+
+
+@dataclass(kw_only=True)
+class Arguments(Choices):
+    result_path: list[str] = HfArg(help="JSONL files with txt and hyp.")
 
 
 def hallucination(row: dict) -> str | None:
@@ -85,45 +94,60 @@ def normalizer(texts: list[str], metric: str | None, name: str | None):
     return metric, clean if metric == "WER" else lambda x: " ".join("".join(clean(x).split()))
 
 
-def score(path: str, metric: str | None, name: str | None) -> tuple[dict, list[dict]]:
-    """The cells of a result by their heads, and the rows dropped; rates go into the file."""
-    rows = read(path)
-    scored = [row for row in rows if "txt" in row]
-    if not scored:
-        raise ValueError(f"{path}: no line has a transcript, txt")
-    metric, norm = normalizer([row["txt"] for row in scored], metric, name)
+def score(rows: list[dict], metric: str | None = None, name: str | None = None) -> dict:
+    """The cells by their heads for rows with `txt` and `hyp`, which get `rate`, `hallucination`."""
+    metric, norm = normalizer([row["txt"] for row in rows], metric, name)
 
     def rate(rows: list[dict]) -> str:
         return next(iter(recognize.score(rows, norm).values()))
 
-    for row in scored:
+    for row in rows:
         row |= {"rate": float(rate([row])), "hallucination": hallucination(row)}
-    kept = [row for row in scored if not row["hallucination"]]
-    write(rows, path)
-    (_, total), *edits = recognize.score(scored, norm).items()
-    cells = {"result": path, f"{metric} %": total, **dict(edits)}
+    kept = [row for row in rows if not row["hallucination"]]
+    (_, total), *edits = recognize.score(rows, norm).items()
+    cells = {f"{metric} %": total, **dict(edits)}
     cells[f"{metric} % filtered"] = rate(kept) if kept else "-"
-    cells |= {"dropped": len(scored) - len(kept), "utterances": len(scored)}
-    return cells, [row for row in scored if row["hallucination"]]
+    return cells | {"dropped": len(rows) - len(kept), "utterances": len(rows)}
+
+
+def dropped(rows: list[dict]) -> list[str]:
+    """A line for each hallucination."""
+    found = [row for row in rows if row["hallucination"]]
+    return [f"{x['wav']}: {x['hallucination']}: {x['txt']} | {x['hyp']}" for x in found]
 
 
 def show(paths: list[str], metric: str | None = None, name: str | None = None) -> None:
     """Print the table of results, and what was dropped from them."""
-    results = [score(path, metric, name) for path in paths]
-    first = results[0][0]
-    if any(cells.keys() != first.keys() for cells, _ in results):
+    table, below = [], []
+    for path in paths:
+        rows = read(path)
+        scored = [row for row in rows if "txt" in row]
+        if not scored:
+            raise ValueError(f"{path}: no line has a transcript, txt")
+        table.append({"result": path, **score(scored, metric, name)})
+        write(rows, path)
+        below += [f"{path}: {line}" for line in dropped(scored)]
+    first = table[0]
+    if any(cells.keys() != first.keys() for cells in table):
         raise ValueError("some results call for WER and some for CER: choose by --metric")
-    for cells in [first, ["---"] * len(first), *(cells.values() for cells, _ in results)]:
+    for cells in [first, ["---"] * len(first), *(cells.values() for cells in table)]:
         print("|", " | ".join(map(str, cells)), "|")
-    for cells, dropped in results:
-        for row in dropped:
-            where = f"{cells['result']}: {row['wav']}: {row['hallucination']}"
-            print(f"{where}: {row['txt']} | {row['hyp']}")
+    print(*(f"{line}\n" for line in below), sep="", end="")
 
 
 def main(argv: list[str] | None = None) -> None:
-    [args] = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
-    show(args.result_path, args.metric, args.normalizer)
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] != ["recognize.py"]:
+        [args] = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
+        return show(args.result_path, args.metric, args.normalizer)
+    [args, others] = HfArgumentParser(Choices).parse_args_into_dataclasses(argv[1:], True)
+
+    def scored(rows: list[dict]) -> dict:
+        cells = score(rows, args.metric, args.normalizer)
+        PartialState().print(*(f"{line}\n" for line in dropped(rows)), sep="", end="")
+        return cells
+
+    recognize.main(others, scored)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,40 @@ def test_dropped_hypotheses_are_counted_and_shown_and_rates_are_kept(tmp_path, c
     assert scored[2] == {"wav": "a.wav", **rows[2]}
 
 
+def test_recognition_in_the_same_command_has_all_in_one_table(
+    paths, projector, tmp_path, monkeypatch, capsys
+):
+    def recognized(model, rows, *options):
+        for row, hyp in zip(rows, ["go on", "no speech", "go"]):
+            row["hyp"] = hyp
+            yield row
+
+    monkeypatch.setattr(recognize, "recognize", recognized)
+    lines = [{"wav": str(tmp_path / "a.wav"), "txt": "go on"}] * 2 + [{"wav": "a.wav"}]
+    tiny.make_sound(tmp_path / "a.wav", 1, 300)
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = tmp_path / "out.jsonl"
+    command = ["recognize.py", "--projector_model_path", projector, "--data_path", str(manifest)]
+    score.main([*command, "--num_beams", "1", "2", "--metric", "CER", "--result_path", str(out)])
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[0] == rows[1] == f"{tmp_path / 'a.wav'}: refusal: go on | no speech"
+    beams, below = table("\n".join(rows[2:]))
+    assert [row["beam"] for row in beams] == ["1", "2"] and not below
+    for row in beams:
+        # of eight letters: "nospeech" has four more than "goon", and shares one o with it
+        assert row["CER %"] == "87.50" and row["CER % filtered"] == "0.00"
+        assert row["dropped"] == "1" and row["utterances"] == "2" and float(row["RTF"]) >= 0
+    for beam in (1, 2):
+        path = out.with_stem(f"out.beam{beam}")
+        scored = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [row.get("hallucination") for row in scored] == [None, "refusal", None]
+        assert [row.get("rate") for row in scored] == [0, 175, None]
+        score.main(["--result_path", str(path), "--metric", "CER"])  # the same again, without
+        [again], _ = table(capsys.readouterr().out)
+        assert {**again, **row} == {**row, "result": str(path)}
+
+
 @pytest.mark.parametrize(
     "hypothesis, reason",
     [
