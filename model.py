@@ -1,8 +1,8 @@
 """The architecture: a frozen Whisper encoder, a trainable Conv1d projector, a frozen LLM.
 
 Shapes: B utterances, W windows of an utterance, M mel bins, F mel frames of a window (100 a
-second), E encoder positions (50 a second), C encoder width, A audio positions (E / stride), D LLM
-width, T tokens.
+second), E encoder positions (50 a second), C encoder width, A audio positions (E / stride), H the
+projector's hidden width, D LLM width, T tokens.
 """
 
 import time
@@ -10,7 +10,6 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import whisper
 from accelerate import PartialState
 from safetensors.torch import load_file, safe_open, save
@@ -82,10 +81,10 @@ class Projector(nn.Module):
         self.output = nn.Linear(hidden_dim, llm_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (0, 0, 0, -x.shape[1] % self.conv.stride[0]))  # (B, A * stride, C)
-        x = self.conv(x.transpose(1, 2)).relu().transpose(1, 2)  # (B, A, C)
+        x = nn.functional.pad(x, (0, 0, 0, -x.shape[1] % self.conv.stride[0]))  # (B, A * stride, C)
+        x = self.hidden(self.conv(x.transpose(1, 2)).relu().transpose(1, 2)).relu()  # (B, A, H)
         # (B, A, D); the width comes from the layer, as under ZeRO-3 its weights have no shape
-        return F.rms_norm(self.output(self.hidden(x).relu()), [self.output.out_features])
+        return nn.functional.rms_norm(self.output(x), [self.output.out_features])
 
 
 class SpeechLLM(nn.Module):
@@ -163,7 +162,7 @@ class SpeechLLM(nn.Module):
         logits = audio.to(rows.dtype) @ rows.T * (CTC_SHARPNESS / self.rms**2 / rows.shape[1])
         # (A, B, P)
         log_p = logits.float().log_softmax(-1).transpose(0, 1).expand(-1, len(labels), -1)
-        return F.ctc_loss(log_p, ids[n + 1 :], lengths, sizes, int(ids[n]), "none", self.training)
+        return nn.CTCLoss(int(ids[n]), "none", self.training)(log_p, ids[n + 1 :], lengths, sizes)
 
     def splice(self, audio: Tensor, lengths: Tensor, labels: Tensor, beams: int = 1) -> dict:
         """The LLM's input, padded on the left: prompt, audio less its blanks, and answer.
@@ -177,11 +176,11 @@ class SpeechLLM(nn.Module):
         tails = [torch.cat([labels.new_tensor(self.after), x[x != IGNORE]]) for x in labels]
         ids = [labels.new_tensor([self.blank]), labels.new_tensor(self.before[start:]), *tails]
         text = self.llm.get_input_embeddings()(torch.cat(ids)).split([len(x) for x in ids])
-        speech = F.cosine_similarity(audio, text[0], dim=-1) < BLANK_COSINE  # (B, A)
+        speech = nn.functional.cosine_similarity(audio, text[0], dim=-1) < BLANK_COSINE  # (B, A)
         parts = zip(audio.to(text[0].dtype), speech, lengths, text[2:])
         rows = [torch.cat([text[1], x[:n][kept[:n]], tail]) for x, kept, n, tail in parts]
         mask = nn.utils.rnn.pad_sequence([labels.new_ones(len(x)) for x in rows], True, 0, "left")
-        mask = F.pad(mask, (start, 0), value=1)  # is of the cache as well
+        mask = nn.functional.pad(mask, (start, 0), value=1)  # is of the cache as well
         inputs = {"attention_mask": mask, "position_ids": mask.cumsum(1)[:, start:] - 1}
         inputs["inputs_embeds"] = nn.utils.rnn.pad_sequence(rows, True, 0, "left")
         return inputs | {"cache": DynamicCache(kv, config=self.llm.config) if cached else None}
@@ -208,20 +207,20 @@ class SpeechLLM(nn.Module):
         return {"loss": loss, "listening_gap": gap.expand(len(labels))}
 
     @torch.no_grad()
-    def generate(self, beams: int, **batch) -> Tensor:
+    def generate(self, beams: int, top: int | None = None, **batch) -> Tensor:
         """New token ids (B, T), filled up with `end_id`.
 
         Of a beam's hypotheses the best by the product of the LLM's probability and CTC's: an LLM
         likes to leave out words, and CTC misses each. None has more tokens, its end included, than
-        there are positions of audio and of the prompt after it: so loops end.
+        `top`, or else than there are positions of audio and of the prompt after it: so loops end.
         """
         audio, lengths = self.project(**batch)
         inputs = self.splice(audio, lengths, batch["labels"][:, :0], beams)
-        mask, embeds = inputs["attention_mask"], inputs["inputs_embeds"]
+        mask, rows = inputs["attention_mask"], inputs["inputs_embeds"]
         # generate() wants a place for what is in the cache
-        inputs["inputs_embeds"] = F.pad(embeds, (0, 0, mask.shape[1] - embeds.shape[1], 0))
-        # the most tokens of each hypothesis, (B * beams, 1)
-        top = mask.repeat_interleave(beams, 0).sum(1, True) - len(self.before)
+        inputs["inputs_embeds"] = nn.functional.pad(rows, (0, 0, mask.shape[1] - rows.shape[1], 0))
+        # the most tokens of each hypothesis, (B * beams, 1), or of all
+        top = torch.asarray(top or mask.repeat_interleave(beams, 0).sum(1, True) - len(self.before))
         end = torch.arange(self.llm.config.vocab_size, device=mask.device) == self.end_id
         limit = [lambda x, scores: scores.where(end | (x.shape[1] < top - 1), -torch.inf)]
         beam = {"num_beams": beams, "num_return_sequences": beams, "max_new_tokens": int(top.max())}

@@ -32,14 +32,16 @@ class Arguments:
     result_path: Path | None = HfArg(default=None, help="JSONL of results, which are else printed.")
     num_beams: list[int] = HfArg(default_factory=lambda: [3], help="Beam widths; 1 is greedy.")
     batch_size: int = HfArg(default=8, help="Utterances decoded at once.")
+    max_new_tokens: int | None = HfArg(default=None, help="Of a hypothesis; else by its audio.")
     bf16: bool = HfArg(default=torch.accelerator.is_available(), help="bfloat16, not float32.")
     llm_model_name_or_path: str | None = HfArg(default=None, help="Where it is now, if it moved.")
     whisper_model_name_or_path: str | None = HfArg(default=None, help="Where it is now, likewise.")
 
 
-def recognize(model, rows: list[dict], batch_size: int, num_beams: int):
+def recognize(model, rows: list[dict], batch_size: int, num_beams: int, top: int | None = None):
     """Add to each row of `read_manifest` its hypothesis, `hyp`, and yield it, long audio first.
 
+    A hypothesis has at most `top` tokens, or else as many as `SpeechLLM.generate` says.
     Several processes share the batches out, and each of them yields all rows. The model is to be on
     accelerate's device.
     """
@@ -48,7 +50,7 @@ def recognize(model, rows: list[dict], batch_size: int, num_beams: int):
     loader = torch.utils.data.DataLoader(rows, batch_size, collate_fn=collator, num_workers=2)
     for batch in accelerate.utils.tqdm(accelerator.prepare(loader)):
         # the end need not be a special token, which decode() would leave out
-        ids = [x[x != model.end_id].tolist() for x in model.generate(num_beams, **batch)]
+        ids = [x[x != model.end_id].tolist() for x in model.generate(num_beams, top, **batch)]
         for x, row in zip(accelerator.gather_for_metrics(ids, True), pending):
             row["hyp"] = " ".join(model.tokenizer.decode(x, skip_special_tokens=True).split())
             yield row
@@ -83,7 +85,7 @@ def main(argv: list[str] | None = None, score=score) -> None:
     for beams in args.num_beams:
         start = time.perf_counter()
         with part.open("w", encoding="utf-8", errors="replace") as file:
-            for row in recognize(model, rows, args.batch_size, beams):
+            for row in recognize(model, rows, args.batch_size, beams, args.max_new_tokens):
                 print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
         seconds = time.perf_counter() - start
         if scored := [row for row in rows if "txt" in row]:

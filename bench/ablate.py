@@ -32,7 +32,7 @@ def change(name: str, value: str) -> None:
     if name == "prompt":
         model.DEFAULTS["prompt"] = value.replace("\\n", "\n")
     elif (name, value) == ("rms_norm", "off"):
-        model.F.rms_norm = lambda x, shape: x
+        model.nn.functional.rms_norm = lambda x, shape: x
     else:
         modules = [x for x in (model, data) if isinstance(getattr(x, name, None), int | float)]
         if not modules:

@@ -479,6 +479,10 @@ def test_a_loop_ends_with_its_own_audio_and_costs_what_it_is_worth(paths, monkey
     model.llm.generation_config.eos_token_id = None  # nothing else ends
     for ids, size in zip(model.generate(num_beams, **batch).tolist(), most):
         assert model.end_id not in ids[: size - 1] and set(ids[size - 1 :]) == {model.end_id}
+    for top in (min(most) - 1, max(most) + 1):  # what is asked for counts alone
+        ids = model.generate(num_beams, top, **batch)
+        ends = (ids == model.end_id).tolist()
+        assert ends == [[False] * (top - 1) + [True]] * len(most)
     options, generate = {}, model.llm.generate
     monkeypatch.setattr(model.llm, "generate", lambda **x: generate(**(options.update(x) or x)))
     model.generate(num_beams, **batch)

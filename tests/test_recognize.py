@@ -90,7 +90,7 @@ def test_an_end_that_is_no_special_token_is_not_in_the_text(paths, projector, mo
     model = load(projector)
     model.end_id = encode(model.tokenizer, "|")[0]
     ids = torch.tensor([[*encode(model.tokenizer, " go on"), model.end_id, model.end_id]] * 2)
-    monkeypatch.setattr(model, "generate", lambda beams, **batch: ids)
+    monkeypatch.setattr(model, "generate", lambda beams, top, **batch: ids)
     rows = read_manifest([paths.manifest])[:2]
     assert [row["hyp"] for row in recognize.recognize(model, rows, 2, 1)] == ["go on"] * 2
 
@@ -122,6 +122,13 @@ def test_long_audio_comes_first_and_results_in_the_order_of_the_manifest(
     assert done == order == ["1.wav", "2.wav", "0.wav"]
     assert [row["wav"] for row in rows] == ["0.wav", "1.wav", "2.wav"]
     assert all("hyp" in row for row in rows)
+
+
+def test_the_most_new_tokens_can_be_given(paths, projector, tmp_path):
+    few = run(projector, paths.manifest, tmp_path / "1.jsonl", "--max_new_tokens", "1")
+    assert [json.loads(line)["hyp"] for line in few] == [""] * 8  # their end alone
+    with pytest.raises(ValueError, match="max_new_tokens.*-1"):
+        run(projector, paths.manifest, tmp_path / "2.jsonl", "--max_new_tokens", "-1")
 
 
 def test_without_transcripts_there_is_no_score(projector, tmp_path, capsys):

@@ -48,9 +48,9 @@ def test_long_audio_is_cut_in_its_silences_and_nothing_is_lost(model, monkeypatc
     seen = []
     generate = model.generate
 
-    def counted(beams, **batch):
+    def counted(beams, top, **batch):
         seen.extend(batch["encoder_lengths"].tolist())
-        return generate(beams, **batch)
+        return generate(beams, top, **batch)
 
     monkeypatch.setattr(model, "generate", counted)
     [text] = transcribe.transcribe(model, [noise], 1, 2)
