@@ -207,12 +207,12 @@ class SpeechLLM(nn.Module):
         return {"loss": loss, "listening_gap": gap.expand(len(labels))}
 
     @torch.no_grad()
-    def generate(self, beams: int, top: int | None = None, **batch) -> Tensor:
+    def generate(self, beams: int, top: int = 0, **batch) -> Tensor:
         """New token ids (B, T), filled up with `end_id`.
 
         Of a beam's hypotheses the best by the product of the LLM's probability and CTC's: an LLM
         likes to leave out words, and CTC misses each. None has more tokens, its end included, than
-        `top`, or else than there are positions of audio and of the prompt after it: so loops end.
+        `top`, or with 0 than there are positions of audio and of the prompt after it: so loops end.
         """
         audio, lengths = self.project(**batch)
         inputs = self.splice(audio, lengths, batch["labels"][:, :0], beams)

@@ -32,16 +32,16 @@ class Arguments:
     result_path: Path | None = HfArg(default=None, help="JSONL of results, which are else printed.")
     num_beams: list[int] = HfArg(default_factory=lambda: [3], help="Beam widths; 1 is greedy.")
     batch_size: int = HfArg(default=8, help="Utterances decoded at once.")
-    max_new_tokens: int | None = HfArg(default=None, help="Of a hypothesis; else by its audio.")
+    max_new_tokens: int = HfArg(default=0, help="Of a hypothesis; 0: as its audio allows.")
     bf16: bool = HfArg(default=torch.accelerator.is_available(), help="bfloat16, not float32.")
     llm_model_name_or_path: str | None = HfArg(default=None, help="Where it is now, if it moved.")
     whisper_model_name_or_path: str | None = HfArg(default=None, help="Where it is now, likewise.")
 
 
-def recognize(model, rows: list[dict], batch_size: int, num_beams: int, top: int | None = None):
+def recognize(model, rows: list[dict], batch_size: int, num_beams: int, top: int = 0):
     """Add to each row of `read_manifest` its hypothesis, `hyp`, and yield it, long audio first.
 
-    A hypothesis has at most `top` tokens, or else as many as `SpeechLLM.generate` says.
+    A hypothesis has at most `top` tokens, or with 0 as many as its audio allows.
     Several processes share the batches out, and each of them yields all rows. The model is to be on
     accelerate's device.
     """

@@ -3,6 +3,7 @@
     python bench/cached.py CACHE train.py --llm_model_name_or_path ...
     torchrun --nproc_per_node=2 bench/cached.py CACHE train.py ...
     python bench/cached.py CACHE recognize.py --projector_model_path ... --num_beams 4
+    python bench/cached.py CACHE bench/score.py recognize.py --projector_model_path ...
 
 CACHE is a folder, which several processes and runs may share. An entry is the encoder's output for
 one window, in the precision that it was computed in; its name is a hash of the window's log-mel, of
@@ -26,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import model
 
-COMMANDS = ("train.py", "recognize.py")
+# and what loads models in each
+COMMANDS = {"train.py": "train", "recognize.py": "recognize", "score.py": "recognize"}
 
 
 class Cache:
@@ -83,8 +85,9 @@ def use(module, folder: str | Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3 or sys.argv[2] not in COMMANDS:
+    name = Path(sys.argv[2]).name if len(sys.argv) > 2 else ""
+    if name not in COMMANDS:
         sys.exit(f"usage: python bench/cached.py CACHE {'|'.join(COMMANDS)} ARGUMENTS...")
-    command = importlib.import_module(sys.argv[2].removesuffix(".py"))
-    use(command, sys.argv[1])
+    use(importlib.import_module(COMMANDS[name]), sys.argv[1])
+    command = importlib.import_module(name.removesuffix(".py"))
     model.run(lambda: command.main(sys.argv[3:]))

@@ -5,8 +5,8 @@
 
 For folders that train.py wrote, or others with its trainer_state.json, it draws loss and listening
 gap over the utterances seen, and the error rate where there was --eval_hypotheses. Behind the colon
-are the utterances of a step, where these are more than one process's batch. A file is the table
-that recognize.py printed for several beams. Needs bench/requirements.txt.
+are the utterances of a step, where these are more than one process's batch. A file is what
+recognize.py, or bench/score.py with it, printed for several beams. Needs bench/requirements.txt.
 """
 
 import json
@@ -23,8 +23,8 @@ WIDTH, HEIGHT = 10, 3.4  # inches, at 100 dots each: as wide as a README
 
 
 def table(path: Path) -> list[dict[str, str]]:
-    """The rows of the one markdown table in a file, by their heads."""
-    lines = [x.strip("| ").split("|") for x in path.read_text().splitlines() if "|" in x]
+    """The rows of the one table in a file, each line of which begins with |, by their heads."""
+    lines = [x.strip("| ").split("|") for x in path.read_text().splitlines() if x.startswith("|")]
     heads, _, *rows = [[cell.strip() for cell in line] for line in lines]
     return [dict(zip(heads, row)) for row in rows]
 

@@ -8,7 +8,7 @@
 The first needs no model; RESULT is what recognize.py or bench/native.py wrote. The second is
 recognize.py, whose table then has what the first one's has. Each result has a row in a table: its
 error rate over all utterances, "filtered" without those whose hypothesis is a hallucination, and
-how many were so dropped; with the table are these themselves. All lines of RESULT with a transcript
+how many were so dropped; below are these themselves. All lines of RESULT with a transcript
 get their own `rate`, and in `hallucination` the reason or null. Without the flags, metric and
 normaliser are recognize.py's.
 """
@@ -67,8 +67,10 @@ def read(path: str) -> list[dict]:
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
         rows = [json.loads(line) for line in lines if line.strip()]
-        if not all(isinstance(row["hyp"], str) for row in rows):
-            raise ValueError("hyp must be a string")
+        for row in rows:
+            if not all(isinstance(x, str) for x in (row["hyp"], row["wav"], row.get("txt", ""))):
+                raise ValueError("hyp, wav and txt must be strings")
+            float(row.get("duration", 0))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: wanted JSONL with hyp, as recognize.py writes: {error!r}"
@@ -137,17 +139,20 @@ def show(paths: list[str], metric: str | None = None, name: str | None = None) -
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] != ["recognize.py"]:
+    if not argv or Path(argv[0]).name != "recognize.py":
         [args] = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
         return show(args.result_path, args.metric, args.normalizer)
     [args, others] = HfArgumentParser(Choices).parse_args_into_dataclasses(argv[1:], True)
+    below: list[list[str]] = []
 
     def scored(rows: list[dict]) -> dict:
         cells = score(rows, args.metric, args.normalizer)
-        PartialState().print(*(f"{line}\n" for line in dropped(rows)), sep="", end="")
+        below.append(dropped(rows))
         return cells
 
     recognize.main(others, scored)
+    for i, lines in enumerate(below, 1):
+        PartialState().print(*(f"row {i}: {line}\n" for line in lines), sep="", end="")
 
 
 if __name__ == "__main__":

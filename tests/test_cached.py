@@ -121,3 +121,15 @@ def test_training_with_the_cache_has_the_losses_of_training_without(paths, tmp_p
     if processes == 1:
         weights = [load_file(tmp_path / x / "model.safetensors") for x in ("cached", "plain")]
         assert equal(*weights)
+
+
+def test_recognition_that_is_scored_takes_the_cache_too(paths, projector, tmp_path):
+    command = [sys.executable, str(BENCH / "cached.py"), "cache", "bench/score.py", "recognize.py"]
+    command += ["--projector_model_path", projector, "--data_path", paths.manifest]
+    command += ["--num_beams", "1", "3", "--result_path", "out.jsonl"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert len(list(tmp_path.glob("cache/*/*.safetensors"))) == 8
+    head, _, *rows = done.stdout.splitlines()
+    assert "WER % filtered | dropped" in head
+    assert [row.split(" | ")[0] for row in rows[:2]] == ["| 1", "| 3"]

@@ -1,9 +1,11 @@
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
+import jiwer
 import pytest
 import soundfile
 import tiny
@@ -34,6 +36,13 @@ def test_wer_worked_out_by_hand():
     references = ["THE CAT SAT", "It's two o'clock!"]
     hypotheses = ["the cat sad down", "it is 2 o'clock"]
     assert score(references, hypotheses) == cells("WER", "28.57", 1, 0, 1)
+
+
+def test_wer_is_that_of_jiwer_for_text_that_needs_no_normaliser():
+    draw = random.Random(0)
+    words = ["go", "up", "on", "now"]
+    texts = [[" ".join(draw.choices(words, k=draw.randint(1, 9))) for _ in range(50)] for _ in "ab"]
+    assert score(*texts)["WER %"] == f"{100 * jiwer.wer(*texts):.2f}"
 
 
 def test_cer_worked_out_by_hand_for_text_without_word_boundaries():

@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import native
+import plot
 import pytest
 import score
 import tiny
@@ -91,10 +92,13 @@ def test_recognition_in_the_same_command_has_all_in_one_table(
     out = tmp_path / "out.jsonl"
     command = ["recognize.py", "--projector_model_path", projector, "--data_path", str(manifest)]
     score.main([*command, "--num_beams", "1", "2", "--metric", "CER", "--result_path", str(out)])
-    rows = capsys.readouterr().out.splitlines()
-    assert rows[0] == rows[1] == f"{tmp_path / 'a.wav'}: refusal: go on | no speech"
-    beams, below = table("\n".join(rows[2:]))
-    assert [row["beam"] for row in beams] == ["1", "2"] and not below
+    printed = capsys.readouterr().out
+    beams, below = table(printed)
+    assert [row["beam"] for row in beams] == ["1", "2"]
+    line = f"{tmp_path / 'a.wav'}: refusal: go on | no speech"
+    assert below == [f"row 1: {line}", f"row 2: {line}"]
+    (tmp_path / "beams.md").write_text(printed)
+    assert plot.table(tmp_path / "beams.md") == beams
     for row in beams:
         # of eight letters: "nospeech" has four more than "goon", and shares one o with it
         assert row["CER %"] == "87.50" and row["CER % filtered"] == "0.00"
@@ -136,7 +140,18 @@ def test_text_that_nobody_can_say_so_fast_is_a_hallucination():
     assert score.hallucination({**row, "duration": 1.0}) == "more than can be said"
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '{"txt": "go"}', '{"txt": "go", "hyp": 1}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[1]",
+        '{"wav": "a.wav", "txt": "go"}',
+        '{"wav": "a.wav", "txt": "go", "hyp": 1}',
+        '{"txt": "go", "hyp": "go"}',
+        '{"wav": "a.wav", "txt": null, "hyp": "go"}',
+        '{"wav": "a.wav", "txt": "go", "hyp": "go", "duration": null}',
+    ],
+)
 def test_what_is_no_result_is_refused_by_name(tmp_path, line):
     (tmp_path / "a.jsonl").write_text(line + "\n")
     with pytest.raises(ValueError, match="a.jsonl: wanted JSONL with hyp"):
