@@ -50,8 +50,9 @@ train "$out/$name" --projector_model_path "$out/$name-joint/model.safetensors" \
     --learning_rate 6e-4 --lr_scheduler_type cosine --warmup_ratio 0.03 \
     --eval_data_path "$out/dev-fifth.jsonl" --eval_strategy steps --eval_steps 300 --save_steps 300 \
     --eval_hypotheses 100
-$python bench/cached.py "$out/encoded" recognize.py --data_path "$out/dev.jsonl" --bf16 True \
-    --projector_model_path "$out/$name/model.safetensors" --num_beams 1 3 5 8 10 \
+$python bench/cached.py "$out/encoded" bench/score.py recognize.py --bf16 True \
+    --data_path "$out/dev.jsonl" --num_beams 1 3 5 8 10 \
+    --projector_model_path "$out/$name/model.safetensors" \
     --result_path "$out/$name/dev.jsonl" | tee "$out/$name/beams.md"
 $python bench/plot.py "$out/$name/beams.png" "$out/$name/beams.md"
 $python bench/native.py --whisper_model_name_or_path "$whisper" --data_path "$out/dev.jsonl" \
