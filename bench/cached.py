@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import model
 
-# and what loads models in each
+# the commands, and the module that loads the models of each
 COMMANDS = {"train.py": "train", "recognize.py": "recognize", "score.py": "recognize"}
 
 

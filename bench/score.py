@@ -70,7 +70,8 @@ def read(path: str) -> list[dict]:
         for row in rows:
             if not all(isinstance(x, str) for x in (row["hyp"], row["wav"], row.get("txt", ""))):
                 raise ValueError("hyp, wav and txt must be strings")
-            float(row.get("duration", 0))
+            if not isinstance(row.get("duration", 0), int | float):
+                raise ValueError("duration must be a number")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: wanted JSONL with hyp, as recognize.py writes: {error!r}"

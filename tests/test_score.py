@@ -150,6 +150,7 @@ def test_text_that_nobody_can_say_so_fast_is_a_hallucination():
         '{"txt": "go", "hyp": "go"}',
         '{"wav": "a.wav", "txt": null, "hyp": "go"}',
         '{"wav": "a.wav", "txt": "go", "hyp": "go", "duration": null}',
+        '{"wav": "a.wav", "txt": "go", "hyp": "go", "duration": "7"}',
     ],
 )
 def test_what_is_no_result_is_refused_by_name(tmp_path, line):
