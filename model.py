@@ -6,6 +6,7 @@ projector's hidden width, D LLM width, T tokens.
 """
 
 import time
+import warnings
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -41,6 +42,22 @@ def run(main) -> None:
         text = str(e).split("ValueError: ")[-1].strip() or repr(e)
         # torch.save's words for a full disk
         raise SystemExit(f"error: {text}{' (disk full?)' * ('unexpected pos' in text)}") from None
+
+
+def choose_bf16(wanted: bool) -> bool:
+    """Whether to compute in bfloat16: where it is wanted and this machine does not emulate it.
+
+    A CPU without AVX512-BF16 or AMX does. oneDNN knows what DNNL_MAX_CPU_ISA leaves of them.
+    """
+    native = torch.cpu._is_avx512_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if wanted and not (native or torch.accelerator.is_available()):
+        warnings.warn(
+            "this processor emulates bfloat16, which is about 100 times slower: "
+            "computing in float32",
+            stacklevel=2,
+        )
+        return False
+    return wanted
 
 
 def encode(tokenizer, text: str) -> list[int]:
@@ -249,7 +266,8 @@ def load(projector_model_path=None, bf16=False, attention=None, **given):
     they differ; but a model may have moved: the last part of its path must be the same. Attention
     is the LLM's implementation, or None for the default of transformers.
     """
-    path, what, dtype = projector_model_path, None, torch.bfloat16 if bf16 else torch.float32
+    path, what = projector_model_path, None
+    dtype = torch.bfloat16 if choose_bf16(bf16) else torch.float32
     given = {k: str(x) for k, x in given.items() if x and ("_name_or_path" in k or k in DEFAULTS)}
     try:
         saved = (safe_open(what := path, "pt").metadata() or {}) if path else {}

@@ -18,7 +18,7 @@ from accelerate.utils import GatheredParameters
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from data import collate, read_manifest
-from model import load, run
+from model import choose_bf16, load, run
 from recognize import recognize, score
 
 
@@ -38,6 +38,10 @@ class TrainingArguments(transformers.TrainingArguments):
     eval_strategy: str = HfArg(default="no", aliases=["--evaluation_strategy"], help="When.")
     warmup_steps: float = HfArg(default=0, aliases=["--warmup_ratio"], help="Below 1: a ratio.")
     use_cpu: bool = HfArg(default=not torch.accelerator.is_available(), help="No accelerator.")
+
+    def __post_init__(self):
+        self.bf16 = choose_bf16(self.bf16)  # before the Trainer's autocast follows from it
+        super().__post_init__()
 
 
 def by_length(rows: list[dict], size: int, seed: int) -> list[dict]:

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import score
 
 from data import SAMPLE_RATE, load_audio, read_manifest
+from model import choose_bf16
 
 SEED = 0
 TASKS = [
@@ -79,7 +80,8 @@ def speed(source: str, out: str, *factors: str) -> None:
 def write(name: str, count: str, out: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
     tokenizer.pad_token = tokenizer.eos_token
-    llm = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)
+    dtype = torch.bfloat16 if choose_bf16(True) else torch.float32
+    llm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     ids = tokenizer.get_vocab()
     words = sorted((word for word in ids if re.fullmatch("Ġ[a-z]{3,}", word)), key=ids.get)[:WORDS]
     rng, found = random.Random(SEED), {}  # a set that keeps its order

@@ -41,5 +41,5 @@ if __name__ == "__main__":
     }
     print(
         ", ".join(f"{name} {n}" for name, n in counts.items()),
-        f"| total {sum(counts.values())} of at most 350",
+        f"| total {sum(counts.values())} of at most 400",
     )

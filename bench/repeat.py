@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data import read_manifest
-from model import build_prompt, encode
+from model import build_prompt, choose_bf16, encode
 from recognize import score
 
 
@@ -26,7 +26,8 @@ from recognize import score
 def main(name: str, manifest: str, prompts: list[str]) -> None:
     results = read_manifest([manifest])
     tokenizer = AutoTokenizer.from_pretrained(name)
-    llm = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)
+    dtype = torch.bfloat16 if choose_bf16(True) else torch.float32
+    llm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     for prompt in prompts:
         before, after, end_id = build_prompt(tokenizer, prompt.replace("\\n", "\n"))
         texts = [encode(tokenizer, f" {row['txt']}") for row in results]

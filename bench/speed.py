@@ -131,6 +131,8 @@ class Flow:
         And nothing comes from the cache, unless `train` says so.
         """
         self.ours.encoder.forward = self.encode
+        if self.ours.llm.dtype == torch.float32:
+            implementation = "sdpa"
         if self.model is self.ours and self.device == "cpu":
             self.ours.llm.set_attn_implementation(implementation)
 
@@ -204,14 +206,14 @@ class Flow:
         return {"operations": counter.get_total_flops(), "positions": sum(positions)}
 
     def limit(self) -> dict:
-        """Operations a second of a large matrix product."""
-        a = torch.randn(2048, 2048, dtype=torch.bfloat16, device=self.device)
+        """Operations a second of a large matrix product in the flows' precision, for a second."""
+        a = torch.randn(2048, 2048, dtype=self.ours.llm.dtype, device=self.device)
         (a @ a).sum().item()
-        start = time.perf_counter()
-        for _ in range(20):
-            b = a @ a
-        b.sum().item()
-        return {"limit": 20 * 2 * 2048**3 / (time.perf_counter() - start)}
+        start, count = time.perf_counter(), 0
+        while time.perf_counter() - start < 1:
+            (a @ a).sum().item()
+            count += 1
+        return {"limit": count * 2 * 2048**3 / (time.perf_counter() - start)}
 
 
 def serve(args: Arguments, name: str, connection) -> None:

@@ -315,6 +315,19 @@ def test_bad_input_ends_in_one_line(paths, tmp_path, manifest, message):
     assert "Traceback" not in done.stderr
 
 
+def test_bfloat16_that_is_emulated_becomes_float32_with_one_warning(paths, tmp_path, monkeypatch):
+    models, options = [], ["--max_steps", "1", "--save_strategy", "no", "--bf16", "True"]
+    on_load(monkeypatch, models.append)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    with pytest.warns(UserWarning, match="processor emulates bfloat16") as warned:
+        run(paths, tmp_path / "emulated", *options)
+    assert len([x for x in warned if "emulates" in str(x.message)]) == 1
+    [model] = models
+    assert model.llm.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    exact = run(paths, tmp_path / "exact", *options[:-2])
+    assert equal(load_file(tmp_path / "emulated" / "model.safetensors"), exact)
+
+
 def test_half_precision_trains_with_a_warning(paths, tmp_path, capsys):
     assert run(paths, tmp_path, "--max_steps", "1", "--fp16", "True")
     assert "warning: Qwen overflows in --fp16" in capsys.readouterr().out
