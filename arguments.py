@@ -1,0 +1,130 @@
+"""The flags of train.py and recognize.py, and what is refused before models load."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import transformers
+from transformers.hf_argparser import HfArg
+
+from command import InputError
+from machine import choose_bf16
+
+
+@dataclass(kw_only=True)
+class TrainingArguments(transformers.TrainingArguments):
+    """The flags of train.py: ours, and all of the Hugging Face Trainer's."""
+
+    llm_model_name_or_path: str = HfArg(help="A Qwen, a Llama or another LLM: a name or a folder.")
+    whisper_model_name_or_path: str = HfArg(help="A Whisper, tiny ... turbo, or its .pt file.")
+    projector_model_path: str | None = HfArg(
+        default=None, help="A projector to start from, in place of a random one."
+    )
+    prompt: str | None = HfArg(default=None, help="What the LLM is told to do with the audio.")
+    stride: int | None = HfArg(
+        default=None, help="How many encoder positions (20 ms) one audio position joins: 5."
+    )
+    data_path: list[str] = HfArg(help="JSONL manifests to train on; one named twice counts twice.")
+    eval_data_path: list[str] | None = HfArg(
+        default=None, help="JSONL manifests to evaluate on, whenever --eval_strategy says."
+    )
+    eval_hypotheses: int = HfArg(
+        default=0, help="How many of their utterances evaluation recognises for a WER or CER."
+    )
+    encoder_cache: str | None = HfArg(
+        default=None, help="A folder that keeps encoder outputs, for later epochs and runs."
+    )
+    model_max_length: int = HfArg(
+        default=512, help="Most positions of audio and transcript; longer ones are refused."
+    )
+    ctc_weight: float = HfArg(default=0.3, help="Weight of the CTC loss beside the LLM's.")
+    ctc_first: float = HfArg(
+        default=0.5, help="Share of the steps, at the start, with the CTC loss alone."
+    )
+    # flags of the published recipe that transformers 5 renamed
+    eval_strategy: str = HfArg(
+        default="no", aliases=["--evaluation_strategy"], help="When to evaluate: no, steps, epoch."
+    )
+    warmup_steps: float = HfArg(
+        default=0, aliases=["--warmup_ratio"], help="Steps of warm-up, or below 1 their share."
+    )
+    use_cpu: bool = HfArg(
+        default=not torch.accelerator.is_available(), help="Do not use an accelerator."
+    )
+
+    def __post_init__(self):
+        check_positive("per_device_train_batch_size", self.per_device_train_batch_size)
+        check_positive("per_device_eval_batch_size", self.per_device_eval_batch_size)
+        check_positive("gradient_accumulation_steps", self.gradient_accumulation_steps)
+        if self.stride is not None:
+            check_positive("stride", self.stride)
+        if self.eval_strategy != "no" and not self.eval_data_path:
+            raise InputError(f"--eval_strategy {self.eval_strategy} needs --eval_data_path")
+        if self.fp16:
+            warnings.warn("--fp16: Qwen overflows in it (grad_norm nan); use --bf16", stacklevel=2)
+        self.bf16 = choose_bf16(self.bf16)  # before autocast and ZeRO's settings follow from it
+        super().__post_init__()
+        self.remove_unused_columns = False  # rows are Utterances
+        self.train_sampling_strategy = "sequential"  # rows are in their order
+        self.ddp_find_unused_parameters = False  # every step uses the whole projector
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    def check_processes(self) -> None:
+        """InputError for several GPUs in one process. Call it when DeepSpeed has started."""
+        if self.n_gpu > 1:
+            raise InputError(
+                f"{self.n_gpu} GPUs are visible and one process was started: torchrun "
+                f"--nproc_per_node={self.n_gpu} train.py ..., or CUDA_VISIBLE_DEVICES=0"
+            )
+
+
+@dataclass
+class RecognitionArguments:
+    """The flags of recognize.py."""
+
+    projector_model_path: str = HfArg(help="The model.safetensors that train.py wrote.")
+    data_path: list[str] = HfArg(help="JSONL manifests; lines without txt are not scored.")
+    result_path: Path = HfArg(help="JSONL of the results; several beams have a file each.")
+    num_beams: list[int] = HfArg(default_factory=lambda: [3], help="Beam widths; 1 is greedy.")
+    batch_size: int = HfArg(default=8, help="How many utterances are decoded at once.")
+    max_new_tokens: int | None = HfArg(
+        default=None, help="Most tokens of a hypothesis; by default as many as its audio allows."
+    )
+    metric: Literal["auto", "WER", "CER"] = HfArg(
+        default="auto", help="Of words or characters; auto: CER for Chinese and Japanese."
+    )
+    normalizer: Literal["auto", "english", "basic", "none"] = HfArg(
+        default="auto", help="openai-whisper's; auto: english where the references are ASCII."
+    )
+    bf16: bool = HfArg(
+        default=torch.accelerator.is_available(), help="Compute in bfloat16, not in float32."
+    )
+    encoder_cache: str | None = HfArg(
+        default=None, help="A folder that keeps encoder outputs, for this run and later ones."
+    )
+    num_workers: int = HfArg(default=2, help="Processes that read audio.")
+    llm_model_name_or_path: str | None = HfArg(
+        default=None, help="Where the LLM is now, if it is not where training found it."
+    )
+    whisper_model_name_or_path: str | None = HfArg(
+        default=None, help="Where the encoder is now, likewise."
+    )
+
+    def __post_init__(self):
+        for beams in self.num_beams:
+            check_positive("num_beams", beams)
+        check_positive("batch_size", self.batch_size)
+        if self.max_new_tokens is not None:
+            check_positive("max_new_tokens", self.max_new_tokens)
+        if self.result_path.is_dir():
+            raise InputError(f"--result_path must be a file, got the folder {self.result_path}")
+
+
+def check_positive(flag: str, value: int) -> None:
+    if value < 1:
+        raise InputError(f"--{flag} must be at least 1, got {value}")

@@ -1,0 +1,31 @@
+"""The prompt: one function builds it, for training and decoding."""
+
+from command import InputError
+
+AUDIO = "<|speech-goes-here|>"  # marks the audio's place, and is never tokenised
+
+
+def build_prompt(tokenizer, prompt: str) -> tuple[list[int], list[int], int]:
+    """Token ids before the audio and after it, and the token that ends the answer.
+
+    The prompt and the audio are the user's turn in the tokenizer's chat template.
+    """
+    if tokenizer.chat_template is None:
+        name = tokenizer.name_or_path
+        raise InputError(f"{name} has no chat template: put a chat_template.jinja beside it")
+    # Qwen3 must not think aloud, and Llama 3's system turn must not change from day to day
+    options = {"tokenize": False, "enable_thinking": False, "date_string": "26 Jul 2024"}
+    messages = [{"role": "user", "content": f"{prompt}\n{AUDIO}"}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
+    if text.count(AUDIO) != 1:
+        name = tokenizer.name_or_path
+        raise InputError(f"{name}: its chat template does not show what a user says, once")
+    before, after = text.split(AUDIO)
+
+    messages.append({"role": "assistant", "content": AUDIO})
+    end = tokenizer.apply_chat_template(messages, **options).rsplit(AUDIO)[-1].strip()
+    ends = tokenizer.encode(end, add_special_tokens=False)
+    end_id = ends[0] if ends else tokenizer.eos_token_id
+    before_ids = tokenizer.encode(before, add_special_tokens=False)
+    after_ids = tokenizer.encode(after, add_special_tokens=False)
+    return before_ids, after_ids, end_id
