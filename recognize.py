@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
                 write_results(part, [make_result(x, beams) for x in done], "a")
 
     if state.is_main_process:
-        table, notes = [], []
+        table, dropped = [], []
         for beams, path in paths.items():
             results = [make_result(x, beams) for x in utterances]
             scored = [x for x in results if "txt" in x]
@@ -130,12 +130,11 @@ def main(argv: list[str] | None = None) -> None:
                 rtf = total[beams] / sum(x.duration for x in utterances)
                 times = {"RTF": f"{rtf:.3f}", "seconds": f"{total[beams]:.1f}"}
                 table.append({"beam": beams, **cells, **times})
-                notes += [f"beam {beams}: {x}" for x in scoring.format_hallucinations(scored)]
+                dropped += scoring.list_hallucinations(f"beam {beams}", scored)
             write_results(parts[beams], results, "w")
             parts[beams].replace(path)
         if table:
-            print(scoring.format_table(table))
-            print(f"{metric}, {normalizer} normaliser; dropped: {len(notes)}", *notes, sep="\n")
+            print(scoring.format_report(table, dropped, metric, normalizer))
     state.destroy_process_group()
 
 

@@ -90,6 +90,14 @@ def score(results: list[dict], metric: str, normalizer: str) -> dict:
     }
 
 
+def format_report(table: list[dict], dropped: list[str], metric: str, normalizer: str) -> str:
+    """The table, how it was scored, and what was dropped from the filtered rates."""
+    lines = [format_table(table), f"metric: {metric}; normaliser: {normalizer}"]
+    if dropped:
+        lines.append("dropped as hallucinations:")
+    return "\n".join(lines + dropped)
+
+
 def format_table(rows: list[dict]) -> str:
     """A Markdown table of rows with the same keys, which are its head."""
     lines = [list(rows[0]), ["---"] * len(rows[0])]
@@ -106,11 +114,12 @@ def format_cell(head: str, value) -> str:
     return str(value)
 
 
-def format_hallucinations(results: list[dict]) -> list[str]:
-    """A line for each: its audio, the reason, what is said, what was recognised."""
+def list_hallucinations(name: str, results: list[dict]) -> list[str]:
+    """A line for each: whose results, the audio, the reason, what is said, what was recognised."""
     lines = []
     for result in results:
-        if result["hallucination"] is not None:
-            reason = result["hallucination"]
-            lines.append(f"{result['wav']}: {reason}: {result['txt']} | {result['hyp']}")
+        reason = result["hallucination"]
+        if reason is not None:
+            texts = f"{result['txt']} | {result['hyp']}"
+            lines.append(f"{name}: {result['wav']}: {reason}: {texts}")
     return lines
