@@ -5,8 +5,10 @@ second), E encoder positions (50 a second), C encoder width, A audio positions (
 projector's hidden width, D LLM width, T tokens, N hypotheses of a beam.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -79,22 +81,27 @@ class SpeechLLM(nn.Module):
         llm_dim = llm.get_input_embeddings().embedding_dim
         self.projector = Projector(encoder.width, llm_dim, config.hidden_dim, config.stride)
 
+    def embed_text(self, ids: list[int]) -> Tensor:
+        """The LLM's input embeddings (T, D) of token ids."""
+        # a call of the module: under ZeRO-3 only that gathers its weights
+        return self.llm.get_input_embeddings()(torch.tensor(ids, device=self.llm.device))
+
     @cached_property
     def embedding_rms(self) -> float:
         """Of the embeddings as the LLM reads them, which in Gemma is not as they are stored."""
-        # a call of the module, here and elsewhere, as under ZeRO-3 only that gathers its weights
-        embeddings = self.llm.get_input_embeddings()
-        ids = torch.arange(embeddings.num_embeddings, device=self.llm.device)
-        return float(embeddings(ids).square().mean(dtype=torch.float32).sqrt())
+        vocabulary = range(self.llm.get_input_embeddings().num_embeddings)
+        mean_square = self.embed_text(vocabulary).square().mean(dtype=torch.float32)
+        return float(mean_square.sqrt())
 
     def encode(self, mel: list[Tensor]) -> list[Tensor]:
         """Log-mels (W, M, F) -> encoder outputs (W * F / 2, C) of each utterance."""
         outputs = [None] * len(mel)
         for frames in {x.shape[2] for x in mel}:  # windows of one size go through it together
             indices = [i for i, x in enumerate(mel) if x.shape[2] == frames]
-            windows = torch.cat([mel[i] for i in indices]).to(self.llm.dtype)
-            encoded = self.encoder(windows)
-            for i, x in zip(indices, encoded.split([len(mel[i]) for i in indices])):
+            windows = torch.cat([mel[i] for i in indices])
+            encoded = self.encoder(windows.to(self.llm.dtype))
+            counts = [len(mel[i]) for i in indices]
+            for i, x in zip(indices, encoded.split(counts)):
                 outputs[i] = x.flatten(0, 1)
         return outputs
 
@@ -102,13 +109,16 @@ class SpeechLLM(nn.Module):
         """Audio (A, D) of each utterance, each position as long as a typical embedding."""
         encoded = [x[:length] for x, length in zip(self.encode(mel), lengths)]
         padded = pad_sequence(encoded, batch_first=True)  # (B, E, C)
-        audio = self.embedding_rms * self.projector(padded.to(self.projector.conv.bias.dtype))
-        return [x[: -(-length // self.projector.stride)] for x, length in zip(audio, lengths)]
+        projected = self.projector(padded.to(self.projector.conv.bias.dtype))
+        audio = []
+        for x, length in zip(projected * self.embedding_rms, lengths):
+            positions = math.ceil(length / self.projector.stride)
+            audio.append(x[:positions])
+        return audio
 
     def drop_blanks(self, audio: list[Tensor]) -> list[Tensor]:
         """What of the audio the LLM is shown."""
-        ids = torch.tensor([self.blank_id], device=self.llm.device)
-        blank = self.llm.get_input_embeddings()(ids)
+        blank = self.embed_text([self.blank_id])
         return drop_blanks(audio, blank, self.speech_config.blank_threshold)
 
     def build_inputs(self, audio: list[Tensor], answers: list[list[int]]) -> dict[str, Tensor]:
@@ -117,14 +127,13 @@ class SpeechLLM(nn.Module):
         for answer in answers:
             texts.append(self.after + answer)
         # all in one call: under ZeRO-3 processes must call the embeddings equally often
-        ids = torch.tensor([i for text in texts for i in text], device=self.llm.device)
-        embedded = self.llm.get_input_embeddings()(ids)
+        embedded = self.embed_text(list(chain(*texts)))
         before, *rest = embedded.split([len(text) for text in texts])
-
-        rows = []
+        rows, masks = [], []
         for speech, after in zip(audio, rest):
-            rows.append(torch.cat([before, speech.to(before.dtype), after]))
-        masks = [ids.new_ones(len(row)) for row in rows]
+            row = torch.cat([before, speech.to(before.dtype), after])
+            rows.append(row)
+            masks.append(torch.ones(len(row), dtype=torch.long, device=row.device))
         return {
             "inputs_embeds": pad_sequence(rows, batch_first=True, padding_side="left"),
             "attention_mask": pad_sequence(masks, batch_first=True, padding_side="left"),
@@ -137,20 +146,25 @@ class SpeechLLM(nn.Module):
             ids = [i for i in answer if i not in (self.blank_id, self.end_id)]
             targets.append(torch.tensor(ids, dtype=torch.long, device=audio[0].device))
         embeddings = self.llm.get_input_embeddings()
-        scale = self.speech_config.ctc_sharpness / self.embedding_rms**2 / embeddings.embedding_dim
+        typical = self.embedding_rms**2 * embeddings.embedding_dim  # product with itself
+        scale = self.speech_config.ctc_sharpness / typical
         return ctc_loss(audio, targets, embeddings, self.blank_id, scale, **options)
 
     def llm_loss(self, audio: list[Tensor], labels: Tensor, num_items) -> Tensor:
         """The LLM's loss of the answers alone: their sum over `num_items`."""
-        answers = [row[row != IGNORE].tolist() for row in labels]
-        inputs = self.build_inputs(self.drop_blanks(audio), answers)
+        inputs = self.build_inputs(self.drop_blanks(audio), list_answers(labels))
         positions = inputs["attention_mask"].cumsum(1) - 1
         # answers stand at the end of every row, so that nothing else needs logits; indices, as a
         # slice is not contiguous, and a CPU would copy the classifier B times
         keep = torch.arange(-labels.shape[1], 0, device=labels.device)
-        options = {"logits_to_keep": keep, "num_items_in_batch": num_items}
-        inputs["position_ids"] = positions.clamp(min=0)
-        return self.llm(**inputs, labels=labels, **options).loss
+        output = self.llm(
+            **inputs,
+            position_ids=positions.clamp(min=0),
+            labels=labels,
+            logits_to_keep=keep,
+            num_items_in_batch=num_items,
+        )
+        return output.loss
 
     def forward(
         self, labels, mel, lengths, num_items_in_batch=None, ctc_weight=0.0, ctc_only=False
@@ -158,30 +172,41 @@ class SpeechLLM(nn.Module):
         """Losses in nats a token: means over `num_items_in_batch` labels, or over the batch's own.
 
         In training the sum of the LLM's loss (not with `ctc_only`) and `ctc_weight` times CTC's,
-        and these two. In evaluation the LLM's loss and the listening gap (B,), the same in each
-        place: the loss with each utterance's audio taken from the one before it in the batch, less
-        the loss. A batch of one has no other audio, and so NaN.
+        and these two. In evaluation the LLM's loss and the listening gap (B,).
         """
         audio = self.embed_audio(mel, lengths)
-        own_items = (labels != IGNORE).sum()
-        num_items = own_items if num_items_in_batch is None else num_items_in_batch
+        num_items = num_items_in_batch
+        if num_items is None:
+            num_items = (labels != IGNORE).sum()
         if not self.training:
             loss = self.llm_loss(audio, labels, num_items)
-            gap = loss.new_tensor(torch.nan)
-            if len(audio) > 1:
-                swapped = self.llm_loss(audio[-1:] + audio[:-1], labels, num_items)
-                gap = (swapped - loss) * num_items / own_items
-            return {"loss": loss, "listening_gap": gap.expand(len(audio))}
+            return {
+                "loss": loss,
+                "listening_gap": self.listening_gap(audio, labels, num_items, loss),
+            }
 
         losses = {}
+        loss = 0.0
         if ctc_weight > 0:
-            answers = [row[row != IGNORE].tolist() for row in labels]
-            ctc = self.ctc_loss(audio, answers, zero_infinity=True)
+            ctc = self.ctc_loss(audio, list_answers(labels), zero_infinity=True)
             losses["ctc_loss"] = ctc.sum() / num_items
+            loss = loss + ctc_weight * losses["ctc_loss"]
         if not ctc_only:
             losses["llm_loss"] = self.llm_loss(audio, labels, num_items)
-        loss = losses.get("llm_loss", 0.0) + ctc_weight * losses.get("ctc_loss", 0.0)
+            loss = loss + losses["llm_loss"]
         return {"loss": loss, **losses}
+
+    def listening_gap(self, audio, labels, num_items, loss: Tensor) -> Tensor:
+        """What the loss rises by without the right audio, in nats a token: (B,), all the same.
+
+        Each utterance is given the audio of the one before it. NaN in a batch of one.
+        """
+        # computed there, too: under ZeRO-3 processes must call the LLM equally often
+        swapped = self.llm_loss(audio[-1:] + audio[:-1], labels, num_items)
+        gap = (swapped - loss) * num_items / (labels != IGNORE).sum()
+        if len(audio) == 1:
+            gap = gap * torch.nan
+        return gap.expand(len(audio))
 
     @torch.no_grad()
     def generate(
@@ -193,7 +218,9 @@ class SpeechLLM(nn.Module):
         `max_new_tokens`, its end included: so loops end.
         """
         heard = self.drop_blanks(audio)
-        limits = [max_new_tokens or len(x) + len(self.after) for x in heard]
+        limits = [len(x) + len(self.after) for x in heard]
+        if max_new_tokens is not None:
+            limits = [max_new_tokens] * len(heard)
         output = self.llm.generate(
             **self.build_inputs(heard, [[]] * len(heard)),
             num_beams=num_beams,
@@ -262,6 +289,11 @@ class EndAtLimit(LogitsProcessor):
         is_end = torch.arange(scores.shape[1], device=scores.device) == self.end_id
         may_go_on = input_ids.shape[1] < self.limits.to(scores.device) - 1
         return scores.where(is_end | may_go_on, -torch.inf)
+
+
+def list_answers(labels: Tensor) -> list[list[int]]:
+    """Token ids of the answers in labels (B, 1 + T)."""
+    return [row[row != IGNORE].tolist() for row in labels]
 
 
 def expect_the_projector_alone(module: nn.Module, keys) -> None:

@@ -9,6 +9,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -39,6 +41,11 @@ LLAMA3 = """\
  + message['content'] | trim + '<|eot_id|>' }}{% endfor %}\
 {% if add_generation_prompt %}\
 {{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
+GEMMA = """\
+<|begin_of_text|>{% for m in messages %}\
+{% set role = 'model' if m.role == 'assistant' else m.role %}\
+{{ '<|im_start|>' + role + '\n' + m.content | trim + '<|im_end|>\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>model\n' }}{% endif %}"""
 TEXTS = ["go", "no", "up", "left", "on", "ten", "in", "red"]
 
 
@@ -55,7 +62,7 @@ def make_tokenizer(template: str | None, end: str) -> PreTrainedTokenizerFast:
 
 
 def make_llm(folder: Path, family: str) -> Path:
-    """A random Qwen2 with ChatML, or a random Llama with Llama 3's template, and its tokenizer."""
+    """A random "qwen" (2), "llama" or "gemma" (3) with its tokenizer and a template like theirs."""
     torch.manual_seed(0)
     sizes = {
         "vocab_size": 256 + len(SPECIALS),
@@ -70,9 +77,14 @@ def make_llm(folder: Path, family: str) -> Path:
     if family == "qwen":
         tokenizer = make_tokenizer(CHATML, "<|im_end|>")
         llm = Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=True))
-    else:
+    elif family == "llama":
         tokenizer = make_tokenizer(LLAMA3, "<|eot_id|>")
         llm = LlamaForCausalLM(LlamaConfig(**sizes))
+    else:
+        tokenizer = make_tokenizer(GEMMA, "<|im_end|>")
+        # tied, it would say its last token again and again
+        options = {"head_dim": 32, "sliding_window": 512, "tie_word_embeddings": False}
+        llm = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **options))
     llm.generation_config.eos_token_id = tokenizer.eos_token_id
     llm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
