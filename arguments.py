@@ -17,41 +17,65 @@ from machine import choose_bf16
 class TrainingArguments(transformers.TrainingArguments):
     """The flags of train.py: ours, and all of the Hugging Face Trainer's."""
 
-    llm_model_name_or_path: str = HfArg(help="A Qwen, a Llama or another LLM: a name or a folder.")
-    whisper_model_name_or_path: str = HfArg(help="A Whisper, tiny ... turbo, or its .pt file.")
+    llm_model_name_or_path: str = HfArg(
+        help="A Qwen, a Llama or another LLM: its name on the hub, or a folder."
+    )
+    whisper_model_name_or_path: str = HfArg(
+        help="A Whisper: its name (tiny ... turbo), or a .pt file."
+    )
     projector_model_path: str | None = HfArg(
-        default=None, help="A projector to start from, in place of a random one."
+        default=None,
+        help="A projector to start from, in place of a random one.",
     )
-    prompt: str | None = HfArg(default=None, help="What the LLM is told to do with the audio.")
+    prompt: str | None = HfArg(
+        default=None,
+        help="What the LLM is told to do with the audio.",
+    )
     stride: int | None = HfArg(
-        default=None, help="How many encoder positions (20 ms) one audio position joins: 5."
+        default=None,
+        help="How many encoder positions (20 ms) one audio position joins; default 5.",
     )
-    data_path: list[str] = HfArg(help="JSONL manifests to train on; one named twice counts twice.")
+    data_path: list[str] = HfArg(
+        help="JSONL manifests to train on; one that is named twice counts twice."
+    )
     eval_data_path: list[str] | None = HfArg(
-        default=None, help="JSONL manifests to evaluate on, whenever --eval_strategy says."
+        default=None,
+        help="JSONL manifests to evaluate on, as often as --eval_strategy says.",
     )
     eval_hypotheses: int = HfArg(
-        default=0, help="How many of their utterances evaluation recognises for a WER or CER."
+        default=0,
+        help="How many of their utterances evaluation recognises for a WER or CER.",
     )
     encoder_cache: str | None = HfArg(
-        default=None, help="A folder that keeps encoder outputs, for later epochs and runs."
+        default=None,
+        help="A folder that keeps encoder outputs for later epochs and runs.",
     )
     model_max_length: int = HfArg(
-        default=512, help="Most positions of audio and transcript; longer ones are refused."
+        default=512,
+        help="Most positions of audio and transcript; longer utterances are refused.",
     )
-    ctc_weight: float = HfArg(default=0.3, help="Weight of the CTC loss beside the LLM's.")
+    ctc_weight: float = HfArg(
+        default=0.3,
+        help="Weight of the CTC loss beside the LLM's; 0 leaves it out.",
+    )
     ctc_first: float = HfArg(
-        default=0.5, help="Share of the steps, at the start, with the CTC loss alone."
+        default=0.5,
+        help="Share of the steps, at the start, with the CTC loss alone.",
     )
     # flags of the published recipe that transformers 5 renamed
     eval_strategy: str = HfArg(
-        default="no", aliases=["--evaluation_strategy"], help="When to evaluate: no, steps, epoch."
+        default="no",
+        aliases=["--evaluation_strategy"],
+        help="When to evaluate: no, steps or epoch.",
     )
     warmup_steps: float = HfArg(
-        default=0, aliases=["--warmup_ratio"], help="Steps of warm-up, or below 1 their share."
+        default=0,
+        aliases=["--warmup_ratio"],
+        help="Steps of warm-up; below 1, their share of all steps.",
     )
     use_cpu: bool = HfArg(
-        default=not torch.accelerator.is_available(), help="Do not use an accelerator."
+        default=not torch.accelerator.is_available(),
+        help="Whether to leave accelerators alone.",
     )
 
     def __post_init__(self):
@@ -87,32 +111,54 @@ class TrainingArguments(transformers.TrainingArguments):
 class RecognitionArguments:
     """The flags of recognize.py."""
 
-    projector_model_path: str = HfArg(help="The model.safetensors that train.py wrote.")
-    data_path: list[str] = HfArg(help="JSONL manifests; lines without txt are not scored.")
-    result_path: Path = HfArg(help="JSONL of the results; several beams have a file each.")
-    num_beams: list[int] = HfArg(default_factory=lambda: [3], help="Beam widths; 1 is greedy.")
-    batch_size: int = HfArg(default=8, help="How many utterances are decoded at once.")
+    projector_model_path: str = HfArg(
+        help="The model.safetensors that train.py wrote.",
+    )
+    data_path: list[str] = HfArg(
+        help="JSONL manifests; lines without txt are recognised and not scored.",
+    )
+    result_path: Path = HfArg(
+        help="JSONL of the results; several beams have a file each.",
+    )
+    num_beams: list[int] = HfArg(
+        default_factory=lambda: [3],
+        help="Widths of the beam; 1 is greedy.",
+    )
+    batch_size: int = HfArg(
+        default=8,
+        help="How many utterances are decoded at once.",
+    )
     max_new_tokens: int | None = HfArg(
-        default=None, help="Most tokens of a hypothesis; by default as many as its audio allows."
+        default=None,
+        help="Most tokens of a hypothesis; by default as many as its audio allows.",
     )
     metric: Literal["auto", "WER", "CER"] = HfArg(
-        default="auto", help="Of words or characters; auto: CER for Chinese and Japanese."
+        default="auto",
+        help="Whether words or characters count; auto: CER for Chinese and Japanese.",
     )
     normalizer: Literal["auto", "english", "basic", "none"] = HfArg(
-        default="auto", help="openai-whisper's; auto: english where the references are ASCII."
+        default="auto",
+        help="openai-whisper's for both sides; auto: english where references are ASCII.",
     )
     bf16: bool = HfArg(
-        default=torch.accelerator.is_available(), help="Compute in bfloat16, not in float32."
+        default=torch.accelerator.is_available(),
+        help="Whether to compute in bfloat16, not in float32.",
     )
     encoder_cache: str | None = HfArg(
-        default=None, help="A folder that keeps encoder outputs, for this run and later ones."
+        default=None,
+        help="A folder that keeps encoder outputs for later runs.",
     )
-    num_workers: int = HfArg(default=2, help="Processes that read audio.")
+    num_workers: int = HfArg(
+        default=2,
+        help="Processes that read audio; 0 reads it in this one.",
+    )
     llm_model_name_or_path: str | None = HfArg(
-        default=None, help="Where the LLM is now, if it is not where training found it."
+        default=None,
+        help="Where the LLM is now, if it moved since training.",
     )
     whisper_model_name_or_path: str | None = HfArg(
-        default=None, help="Where the encoder is now, likewise."
+        default=None,
+        help="Where the encoder is now, if it moved since training.",
     )
 
     def __post_init__(self):

@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from command import InputError
+
 
 class Encoder:
     """A frozen Whisper encoder, which keeps its outputs in a folder if it is given one.
@@ -31,8 +33,7 @@ class Encoder:
         self.width = module.conv1.out_channels
         self.folder = None
         if folder is not None:
-            self.folder = Path(folder, hash_weights(module))
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder = make_folder(Path(folder, hash_weights(module)))
 
     def __call__(self, windows: Tensor) -> Tensor:
         """Log-mel windows (N, M, F) of one size -> encoder outputs (N, E, C)."""
@@ -69,6 +70,14 @@ class Encoder:
         except OSError as error:
             part.unlink(missing_ok=True)
             warnings.warn(f"{self.folder} gets no new entries: {error.strerror}", stacklevel=2)
+
+
+def make_folder(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--encoder_cache: cannot make {path}: {error.strerror}") from error
+    return path
 
 
 def read_entry(path: Path) -> Tensor | None:

@@ -10,22 +10,25 @@ def build_prompt(tokenizer, prompt: str) -> tuple[list[int], list[int], int]:
 
     The prompt and the audio are the user's turn in the tokenizer's chat template.
     """
+    name = tokenizer.name_or_path
     if tokenizer.chat_template is None:
-        name = tokenizer.name_or_path
         raise InputError(f"{name} has no chat template: put a chat_template.jinja beside it")
     # Qwen3 must not think aloud, and Llama 3's system turn must not change from day to day
     options = {"tokenize": False, "enable_thinking": False, "date_string": "26 Jul 2024"}
     messages = [{"role": "user", "content": f"{prompt}\n{AUDIO}"}]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
     if text.count(AUDIO) != 1:
-        name = tokenizer.name_or_path
         raise InputError(f"{name}: its chat template does not show what a user says, once")
     before, after = text.split(AUDIO)
 
     messages.append({"role": "assistant", "content": AUDIO})
-    end = tokenizer.apply_chat_template(messages, **options).rsplit(AUDIO)[-1].strip()
-    ends = tokenizer.encode(end, add_special_tokens=False)
+    text = tokenizer.apply_chat_template(messages, **options)
+    end = text.split(AUDIO)[-1].strip()
+    ends = encode(tokenizer, end)
     end_id = ends[0] if ends else tokenizer.eos_token_id
-    before_ids = tokenizer.encode(before, add_special_tokens=False)
-    after_ids = tokenizer.encode(after, add_special_tokens=False)
-    return before_ids, after_ids, end_id
+    return encode(tokenizer, before), encode(tokenizer, after), end_id
+
+
+def encode(tokenizer, text: str) -> list[int]:
+    """Token ids of a part of a text, without those that stand around a whole one."""
+    return tokenizer.encode(text, add_special_tokens=False)

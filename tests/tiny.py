@@ -19,6 +19,9 @@ from transformers import (
 )
 from whisper.model import ModelDimensions, Whisper
 
+from loading import build
+from model import Config, SpeechLLM
+
 SPECIALS = [
     "<|endoftext|>",
     "<|im_start|>",
@@ -49,15 +52,21 @@ GEMMA = """\
 TEXTS = ["go", "no", "up", "left", "on", "ten", "in", "red"]
 
 
-def make_tokenizer(template: str | None, end: str) -> PreTrainedTokenizerFast:
-    """One token a byte; pad is `end`, as in the published recipe."""
+def make_tokenizer(
+    template: str | None, end: str, specials: list[str] = SPECIALS, start: str | None = None
+) -> PreTrainedTokenizerFast:
+    """One token a byte, and `specials`; pad is `end`, as in the published recipe."""
     letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(BPE(vocab=letters, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in SPECIALS])
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in specials])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=end, pad_token=end, chat_template=template
+        tokenizer_object=tokenizer,
+        bos_token=start,
+        eos_token=end,
+        pad_token=end,
+        chat_template=template,
     )
 
 
@@ -102,10 +111,17 @@ def make_whisper(path: Path, n_mels: int = 80, width: int = 32) -> Path:
     return path
 
 
+def make_model(paths, llm: str = "qwen", whisper: str = "whisper", **settings) -> SpeechLLM:
+    """A model of two of the fixture's `paths`; `settings` are of its Config."""
+    torch.manual_seed(0)
+    return build(Config(getattr(paths, llm), getattr(paths, whisper), **settings))
+
+
 def make_sound(path: Path, seconds: float, pitch: float, rate: int = 16_000) -> Path:
     """A sine of `pitch` Hz that fades out."""
     time = np.arange(int(seconds * rate)) / rate
-    soundfile.write(path, 0.5 * np.sin(2 * np.pi * pitch * time) * np.exp(-time), rate)
+    wave = 0.5 * np.sin(2 * np.pi * pitch * time)
+    soundfile.write(path, wave * np.exp(-time), rate)
     return path
 
 

@@ -1,0 +1,348 @@
+"""The commands in tools/: transcribe, score, whisper_baseline, prepare, plot."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import soundfile
+import tiny
+import torch
+from whisper.audio import N_SAMPLES
+
+import recognize
+import scoring
+from command import InputError
+from data import load_audio
+from loading import load
+from manifest import read_manifest
+from tools import plot, prepare, score, transcribe, whisper_baseline
+
+ROOT = Path(__file__).parents[1]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_results(path, *results):
+    return write_jsonl(path, [{"wav": "a.wav", "duration": 2.0, **x} for x in results])
+
+
+def read_table(printed, tmp_path):
+    path = tmp_path / "printed.md"
+    path.write_text(printed, encoding="utf-8")
+    return plot.read_table(path)
+
+
+@pytest.fixture(scope="module")
+def model(projector):
+    return load(projector)
+
+
+def test_texts_are_those_of_recognize_in_the_order_given(paths, model):
+    utterances = read_manifest([paths.manifest])
+    for _ in recognize.recognize(model.eval(), utterances, [2], 3, num_workers=0):
+        pass
+    texts = {x.path: x.hypotheses[2] for x in utterances}
+    files = [*reversed(texts)]
+    wanted = [texts[file] for file in files]
+    assert transcribe.transcribe(model, files, 2, 3) == wanted
+    waveforms = [torch.tensor(load_audio(file)) for file in files]
+    assert transcribe.transcribe(model, waveforms, 2, 8) == wanted
+    assert transcribe.transcribe(model, []) == []
+
+
+@pytest.mark.parametrize(
+    "audio, reason",
+    [
+        (np.full(8000, np.nan), "no numbers"),
+        (np.zeros(0), "no samples"),
+        (np.zeros((2, 8000)), r"one row of floats.* got float64 of shape \(2, 8000\)"),
+        (np.zeros(8000, np.int16), "got int16"),
+    ],
+)
+def test_what_is_no_waveform_is_refused_with_its_index(model, audio, reason):
+    with pytest.raises(InputError, match=f"audio 1 .*{reason}"):
+        transcribe.transcribe(model, [np.zeros(8000), audio])
+
+
+def test_long_audio_is_cut_in_its_silences_and_nothing_is_lost(model):
+    noise = np.random.default_rng(0).normal(size=70 * 16_000).astype(np.float32)
+    for second in (7, 9.9, 15):  # the second silence is not wholly within 10 s
+        noise[int(second * 16_000) : int((second + 0.3) * 16_000)] = 0
+    pieces = [*transcribe.split(noise)]
+    assert np.array_equal(np.concatenate(pieces), noise)
+    ends = np.cumsum([len(piece) for piece in pieces]) / 16_000
+    assert 7 < ends[0] < 7.3 < 15 < ends[1] < 15.3
+    assert max(map(len, pieces)) <= 10 * 16_000
+    assert len([*transcribe.split(noise[:N_SAMPLES])]) == 1
+    [text] = transcribe.transcribe(model, [noise], 1, 2)
+    texts = transcribe.transcribe(model, pieces, 1, 2)
+    assert text == " ".join(x for x in texts if x)
+
+
+def test_files_and_folders_are_printed_with_their_texts(projector, model, tmp_path):
+    tiny.make_sound(tmp_path / "c.wav", 0.5, 300)
+    (tmp_path / "folder" / "deep").mkdir(parents=True)
+    tiny.make_sound(tmp_path / "folder" / "a.wav", 0.5, 200)
+    tiny.make_sound(tmp_path / "folder" / "deep" / "b.flac", 0.4, 300)
+    (tmp_path / "folder" / "notes.txt").write_text("no audio")
+    files = [str(tmp_path / x) for x in ("c.wav", "folder/a.wav", "folder/deep/b.flac")]
+    command = [sys.executable, "-m", "tools.transcribe", "--projector_model_path", projector]
+    command += ["--num_beams", "2", "--wav", files[0], str(tmp_path / "folder")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    texts = transcribe.transcribe(model, files, 2)
+    assert done.stdout.splitlines() == [f"{x}\t{text}" for x, text in zip(files, texts)]
+
+
+def test_groups_keep_the_order_and_hold_half_an_hour(monkeypatch):
+    durations = {"a": 1000, "b": 800, "c": 1, "long": 9000, "d": 1}
+    monkeypatch.setattr(transcribe, "read_duration", lambda path: durations[path.name])
+    groups = transcribe.make_groups(list(durations))
+    assert groups == [["a", "b"], ["c"], ["long"], ["d"]]
+
+
+def test_missing_audio_is_named_before_models_load(tmp_path):
+    command = ["--projector_model_path", "none.safetensors", "--wav"]
+    with pytest.raises(InputError, match="no such file or folder: .*missing.wav"):
+        transcribe.main([*command, str(tmp_path / "missing.wav")])
+    with pytest.raises(InputError, match=f"no audio in {tmp_path}; wanted .wav"):
+        transcribe.main([*command, str(tmp_path)])
+    (tmp_path / "text.wav").write_text("no audio")
+    with pytest.raises(InputError, match="text.wav cannot be read as audio"):
+        transcribe.main([*command, str(tmp_path)])
+
+
+def test_silence_and_odd_formats_end_no_run(model, tmp_path):
+    tone = 0.3 * np.sin(np.arange(24_000) / 10)
+    soundfile.write(tmp_path / "silence.wav", np.zeros(16_000), 16_000)
+    soundfile.write(tmp_path / "one.wav", tone[:1], 8000)
+    soundfile.write(tmp_path / "stereo.OGG", np.stack([tone, tone], 1), 48_000)
+    soundfile.write(tmp_path / "speech.mp3", tone, 48_000)
+    files = transcribe.list_files([str(tmp_path)])
+    assert len(transcribe.transcribe(model, files, 2, 3)) == len(files) == 4
+
+
+def test_results_have_a_row_each_and_keep_their_rates(tmp_path, capsys):
+    refusal = "I apologize, but it appears that there is no speech to transcribe"
+    first = {"txt": "go on", "hyp": "go on"}
+    second = {"txt": "go on", "hyp": refusal, "duration": 9.0}
+    untranscribed = {"txt": None, "hyp": "x", "id": 7}
+    a = write_results(tmp_path / "a.jsonl", first, second, untranscribed)
+    b = write_results(tmp_path / "b.jsonl", first)
+    score.main(["--result_path", str(a), str(b)])
+    printed = capsys.readouterr().out
+    rows = read_table(printed, tmp_path)
+    assert [row["result"] for row in rows] == [str(a), str(b)]
+    # 12 words for 2: 2 substituted and 10 inserted, of 4 words in all
+    assert [row["WER %"] for row in rows] == ["300.00", "0.00"]
+    assert [row["WER % filtered"] for row in rows] == ["0.00", "0.00"]
+    assert f"{a}: a.wav: refusal: go on | {refusal}" in printed.splitlines()
+    scored = read_jsonl(a)
+    assert [x["rate"] for x in scored[:2]] == [0, 600]
+    assert [x["hallucination"] for x in scored[:2]] == [None, "refusal"]
+    assert scored[2] == {"wav": "a.wav", "duration": 2.0, **untranscribed}
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    "flags, head, rate",
+    [
+        ([], "WER %", "50.00"),  # the basic normaliser keeps the accent
+        (["--normalizer", "english"], "WER %", "0.00"),
+        (["--metric", "CER"], "CER %", "16.67"),  # one of six letters
+        (["--metric", "CER", "--normalizer", "none"], "CER %", "33.33"),  # and the capital
+    ],
+)
+def test_metric_and_normaliser_can_be_given(tmp_path, capsys, flags, head, rate):
+    path = write_results(tmp_path / "a.jsonl", {"txt": "Café au", "hyp": "cafe au"})
+    score.main(["--result_path", str(path), *flags])
+    [row] = read_table(capsys.readouterr().out, tmp_path)
+    assert row[head] == rate
+
+
+def test_results_that_call_for_different_scores_are_left_as_they_are(tmp_path):
+    english = write_results(tmp_path / "english.jsonl", {"txt": "go on", "hyp": "go"})
+    chinese = write_results(tmp_path / "chinese.jsonl", {"txt": "今天", "hyp": "今"})
+    french = write_results(tmp_path / "french.jsonl", {"txt": "l'été", "hyp": "l'ete"})
+    before = english.read_text()
+    with pytest.raises(InputError, match="english.jsonl calls for WER, .*chinese.jsonl for CER.*"):
+        score.report([english, chinese])
+    with pytest.raises(InputError, match="french.jsonl for basic: .*--normalizer"):
+        score.report([english, french])
+    assert english.read_text() == before
+    assert "| CER % |" in score.report([english, chinese], "CER", "basic")
+
+
+@pytest.mark.parametrize(
+    "key, value, wanted",
+    [
+        ("hyp", None, "a text, got null"),
+        ("txt", 5, "a text, got 5"),
+        ("wav", None, "a text, got null"),
+        ("duration", None, "a positive number of seconds, got null"),
+        ("duration", "7", 'a positive number of seconds, got "7"'),
+    ],
+)
+def test_what_is_no_result_is_refused_by_file_and_line(tmp_path, key, value, wanted):
+    good = {"txt": "go", "hyp": "go"}
+    path = write_results(tmp_path / "a.jsonl", good, {**good, key: value})
+    with pytest.raises(InputError, match=f'a.jsonl:2: "{key}" must be {wanted}'):
+        score.report([path])
+
+
+def test_whisper_decodes_the_same_manifest_beside_ours(paths, tmp_path, monkeypatch, capsys):
+    heard = []
+
+    def decode(model, audio, language, num_beams):
+        heard.append((len(audio), language, num_beams))
+        return "text 0"
+
+    monkeypatch.setattr(whisper_baseline, "decode", decode)
+    tiny.make_sound(tmp_path / "a.wav", 0.5, 300)
+    tiny.make_sound(tmp_path / "b.wav", 1, 300)
+    rows = [{"wav": "b.wav", "txt": "text 1"}, {"wav": "a.wav", "txt": "text 0"}]
+    manifest = write_jsonl(tmp_path / "m.jsonl", rows)
+    ours = write_results(tmp_path / "ours.jsonl", {"txt": "go", "hyp": "go"})
+    out = tmp_path / "new" / "whisper.jsonl"
+    command = ["--whisper_model_name_or_path", paths.whisper, "--data_path", str(manifest)]
+    command += ["--language", "de", "--result_path", str(out), "--beside", str(ours)]
+    whisper_baseline.main(command)
+    assert heard == [(16_000, "de", 5), (8000, "de", 5)]
+    assert [x["wav"] for x in read_jsonl(out)] == ["b.wav", "a.wav"]
+    assert [x["duration"] for x in read_jsonl(out)] == [1, 0.5]
+    table = read_table(capsys.readouterr().out, tmp_path)
+    assert [row["result"] for row in table] == [str(out), str(ours)]
+    assert [row["WER %"] for row in table] == ["25.00", "0.00"]  # one wrong of four words
+
+
+def test_audio_over_30_s_goes_through_whispers_windows():
+    whisper = Mock(device=torch.device("cpu"), dims=Mock(n_mels=80))
+    whisper.decode.return_value.text = " short "
+    whisper.transcribe.return_value = {"text": " window by window"}
+    audio = np.zeros(N_SAMPLES + 1, np.float32)
+    assert whisper_baseline.decode(whisper, audio[1:], "en", 5) == "short"
+    mel, options = whisper.decode.call_args.args
+    assert mel.shape == (80, 3000)
+    assert options.beam_size == 5
+    assert whisper_baseline.decode(whisper, audio, "en", 1) == "window by window"
+    assert whisper.transcribe.call_args.kwargs["beam_size"] is None
+
+
+def run_prepare(folder, corpus, *flags):
+    """The rows of the manifest, which train.py can read."""
+    out = folder / "out" / "m.jsonl"
+    command = ["--corpus", corpus, "--folder", str(folder), "--manifest", str(out)]
+    prepare.main([*command, *flags])
+    return [x.row for x in read_manifest([str(out)])]
+
+
+def make_sound(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return str(tiny.make_sound(path, 0.1, 300))
+
+
+def test_a_librispeech_tree_becomes_a_manifest(tmp_path, capsys):
+    chapter = tmp_path / "train" / "19" / "198"
+    first, second, _ = (make_sound(chapter / f"19-198-000{i}.flac") for i in range(3))
+    (chapter / "19-198.trans.txt").write_text("19-198-0001 GO ON\n19-198-0000 STOP\nX Y\n")
+    assert run_prepare(tmp_path, "librispeech", "--part", "train") == [
+        {"wav": first, "txt": "stop", "key": "19-198-0000"},
+        {"wav": second, "txt": "go on", "key": "19-198-0001"},
+    ]
+    counted = "2 utterances; 1 files without text, 1 texts without audio"
+    assert counted in capsys.readouterr().out
+
+
+def test_an_aishell_tree_becomes_a_manifest_of_each_part(tmp_path):
+    wav = make_sound(tmp_path / "wav" / "dev" / "S1" / "B1.wav")
+    make_sound(tmp_path / "wav" / "test" / "S2" / "B2.wav")
+    text = tmp_path / "transcript" / "aishell_transcript_v0.8.txt"
+    text.parent.mkdir()
+    text.write_text("B1 广州 市 房地产\nB2 一 个\nB3 无\n", encoding="utf-8")
+    rows = run_prepare(tmp_path, "aishell", "--part", "dev")
+    assert rows == [{"wav": wav, "txt": "广州市房地产", "key": "B1"}]
+
+
+def test_a_kaldi_folder_becomes_a_manifest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # paths in wav.scp are relative to it
+    wav = make_sound(tmp_path / "a b.wav")
+    (tmp_path / "wav.scp").write_text("u1 a b.wav\nu2 missing.wav\n")
+    (tmp_path / "text").write_text("u1 It's ON\nu2 off\n")
+    rows = run_prepare(tmp_path, "kaldi")
+    assert rows == [{"wav": wav, "txt": "It's ON", "key": "u1"}]
+    [row] = run_prepare(tmp_path, "kaldi", "--lower_case", "True")
+    assert row["txt"] == "it's on"
+
+
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        (["kaldi", "--part", "missing"], "no such folder: .*missing"),
+        (["kaldi"], "wav.scp: u1 has a command, not a file"),
+        (["librispeech"], r"no utterance has audio and text \(0 audio files, 0 texts\)"),
+        (["aishell"], "--corpus aishell needs --part"),
+        (["aishell", "--part", "dev"], "cannot read .*aishell_transcript_v0.8.txt"),
+    ],
+)
+def test_what_is_no_such_corpus_is_refused(tmp_path, flags, reason):
+    (tmp_path / "wav.scp").write_text("u1 flac -d a.flac |\n")
+    with pytest.raises(InputError, match=reason):
+        run_prepare(tmp_path, *flags)
+
+
+def write_state(folder, logs, steps):
+    folder.mkdir()
+    state = {"train_batch_size": 4, "global_step": steps, "log_history": logs}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    return str(folder)
+
+
+def test_phases_of_a_training_are_one_line_over_all_utterances(tmp_path):
+    first = {"step": 5, "eval_loss": 3, "eval_listening_gap": 1}
+    second = {"step": 10, "eval_loss": 2, "eval_listening_gap": 4}
+    last = {"step": 11, "eval_WER %": 94.5}
+    a = write_state(tmp_path / "a", [first, second, last], 11)
+    b = write_state(tmp_path / "b", [first, second], 10)
+    figure = plot.draw_runs([plot.read_run(f"{b}:64"), plot.read_run(f"{a}+{b}:2")])
+    loss, gap, rate = figure.axes
+    alone, joined = loss.lines[:2]
+    assert alone.get_xydata().tolist() == [[320, 3], [640, 2]]
+    # the second phase begins at 44
+    assert joined.get_xydata().tolist() == [[20, 3], [40, 2], [54, 3], [64, 2]]
+    assert gap.lines[1].get_ydata().tolist() == [1, 4, 1, 4]
+    assert rate.lines[0].get_xydata().tolist() == [[44, 94.5]]
+    assert rate.lines[0].get_color() == joined.get_color()
+    plot.main(["--output", str(tmp_path / "new" / "curves.png"), "--runs", a, b])
+    assert (tmp_path / "new" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_beams_are_drawn_from_the_printed_table(tmp_path):
+    path = tmp_path / "table.md"
+    rows = [{"beam": 1, "WER %": 12.5, "RTF": "0.1"}, {"beam": 10, "WER %": 11, "RTF": "0.3"}]
+    path.write_text(scoring.format_report(rows, [], "WER", "basic"))
+    rate, factor = plot.draw_table(path).axes
+    assert rate.lines[0].get_xydata().tolist() == [[1, 12.5], [10, 11]]
+    assert factor.lines[0].get_xydata().tolist() == [[1, 0.1], [10, 0.3]]
+
+
+def test_what_cannot_be_drawn_is_named(tmp_path):
+    silent = write_state(tmp_path / "silent", [{"step": 1, "loss": 2.0}], 1)
+    with pytest.raises(InputError, match="silent: nothing was evaluated"):
+        plot.read_run(silent)
+    with pytest.raises(InputError, match="cannot read .*trainer_state.json"):
+        plot.read_run(str(tmp_path))
+    results = tmp_path / "results.md"
+    results.write_text(scoring.format_report([{"result": "a", "WER %": 1}], [], "WER", "basic"))
+    with pytest.raises(InputError, match="no numbers in a column 'beam'"):
+        plot.draw_table(results)
