@@ -107,8 +107,22 @@ class TrainingArguments(transformers.TrainingArguments):
             )
 
 
-@dataclass
-class RecognitionArguments:
+@dataclass(kw_only=True)
+class ScoringArguments:
+    """The flags of every command that scores."""
+
+    metric: Literal["auto", "WER", "CER"] = HfArg(
+        default="auto",
+        help="Whether words or characters count; auto: CER for Chinese and Japanese.",
+    )
+    normalizer: Literal["auto", "english", "basic", "none"] = HfArg(
+        default="auto",
+        help="openai-whisper's for both sides; auto: english where references are ASCII.",
+    )
+
+
+@dataclass(kw_only=True)
+class RecognitionArguments(ScoringArguments):
     """The flags of recognize.py."""
 
     projector_model_path: str = HfArg(
@@ -131,14 +145,6 @@ class RecognitionArguments:
     max_new_tokens: int | None = HfArg(
         default=None,
         help="Most tokens of a hypothesis; by default as many as its audio allows.",
-    )
-    metric: Literal["auto", "WER", "CER"] = HfArg(
-        default="auto",
-        help="Whether words or characters count; auto: CER for Chinese and Japanese.",
-    )
-    normalizer: Literal["auto", "english", "basic", "none"] = HfArg(
-        default="auto",
-        help="openai-whisper's for both sides; auto: english where references are ASCII.",
     )
     bf16: bool = HfArg(
         default=torch.accelerator.is_available(),

@@ -29,7 +29,6 @@ def build(config: Config, bf16: bool = False, encoder_cache: str | None = None) 
     name = config.llm_model_name_or_path
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        dtype = torch.bfloat16 if bf16 else torch.float32
         llm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention)
     except (OSError, ValueError) as error:
         raise InputError(f"--llm_model_name_or_path {name} cannot be loaded: {error}") from error
@@ -69,8 +68,8 @@ def load_whisper(name: str) -> nn.Module:
     except Exception as error:  # torch.load has many for a file that is something else
         names = ", ".join(whisper.available_models())
         raise InputError(
-            f"--whisper_model_name_or_path {name} is no file of openai-whisper's "
-            f"({type(error).__name__}: {error}) and none of its names: {names}"
+            f"--whisper_model_name_or_path: {name} is no openai-whisper file "
+            f"({type(error).__name__}: {error}); valid names: {names}"
         ) from error
 
 
@@ -101,7 +100,10 @@ def read_config(path: str, **given) -> Config:
             continue
         saved = getattr(config, name)
         if last_part(name, value) != last_part(name, saved):
-            raise InputError(f"{path} was trained with --{name} {saved!r}, got {value!r}")
+            raise InputError(
+                f"{path} was trained with --{name} {saved!r}, got {value!r}: give the same, or "
+                "train a new projector"
+            )
         config = replace(config, **{name: value})
     return config
 

@@ -42,7 +42,7 @@ def read_manifest(paths: list[str], need_text: bool = True) -> list[Utterance]:
     names = ", ".join(paths)
     if errors:
         shown = "\n".join(errors[:SHOWN_ERRORS])
-        counts = f"{len(errors)} bad lines, {len(utterances)} good ones"
+        counts = f"bad lines: {len(errors)}, good lines: {len(utterances)}"
         raise InputError(f"{names}: {counts}\n{shown}")
     if not utterances:
         raise InputError(f"{names}: no utterances; wanted a JSON object a line")
@@ -57,7 +57,7 @@ def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
                 if line.strip():
                     yield number, line
     except OSError as error:
-        raise InputError(f"cannot read the manifest {path!r}: {error.strerror}") from error
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
 
 
 def parse_line(line: bytes, folder: Path, need_text: bool) -> Utterance:

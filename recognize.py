@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
         table, dropped = [], []
         for beams, path in paths.items():
             results = [make_result(x, beams) for x in utterances]
-            scored = [x for x in results if "txt" in x]
+            scored = [x for x in results if x.get("txt") is not None]
             if scored:
                 metric, normalizer = scoring.choose_metric(scored, args.metric, args.normalizer)
                 cells = scoring.score(scored, metric, normalizer)

@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     device = PartialState(cpu=not torch.accelerator.is_available()).device
     model = load(args.projector_model_path).to(device).eval()
 
-    for _ in recognize(model, recordings, [args.num_beams], batch_size=1):
+    for _ in recognize(model, recordings, [args.num_beams], batch_size=1, num_workers=0):
         pass  # each batch adds its hypotheses
     whole = [make_result(recording, args.num_beams) for recording in recordings]
     waveforms = [recording.samples for recording in recordings]

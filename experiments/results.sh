@@ -41,7 +41,7 @@ train "$run" $llm "$whisper" --seed "$seed" \
     "${evaluate_fifth[@]}" --eval_steps 300 --save_steps 300
 
 recognize "$run" 1 3 5 8 10 | tee "$run/beams.md"
-$python -m tools.plot "$run/beams.png" "$run/beams.md"
+$python -m tools.plot --output "$run/beams.png" --table "$run/beams.md"
 $python -m tools.whisper_baseline --whisper_model_name_or_path "$whisper" \
     --data_path "$out/dev.jsonl" --result_path "$out/whisper-$encoder.jsonl" \
     --beside "$run"/dev.beam*.jsonl

@@ -9,26 +9,14 @@ rates. Each file is written again, its lines with a transcript having their own 
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from transformers.hf_argparser import HfArg
 
 import scoring
+from arguments import ScoringArguments
 from command import InputError, parse_arguments, run_command
 from manifest import parse_json_object, read_lines, show
 from recognize import write_results
-
-
-@dataclass(kw_only=True)
-class ScoringArguments:
-    """The flags of all tools that score."""
-
-    metric: Literal["auto", "WER", "CER"] = HfArg(
-        default="auto", help="Of words or characters; auto: CER for Chinese and Japanese."
-    )
-    normalizer: Literal["auto", "english", "basic", "none"] = HfArg(
-        default="auto", help="openai-whisper's; auto: english where the references are ASCII."
-    )
 
 
 @dataclass(kw_only=True)

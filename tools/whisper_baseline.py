@@ -19,13 +19,13 @@ from transformers.hf_argparser import HfArg
 from whisper.audio import N_SAMPLES
 from whisper.tokenizer import LANGUAGES
 
-from arguments import check_positive
+from arguments import ScoringArguments, check_positive
 from command import InputError, parse_arguments, run_command
 from data import load_audio
 from loading import load_whisper
 from manifest import read_manifest
 from recognize import make_result, write_results
-from tools.score import ScoringArguments, has_transcript, read_results, report
+from tools.score import has_transcript, read_results, report
 
 
 @dataclass(kw_only=True)
