@@ -16,14 +16,19 @@ from machine import choose_attention, choose_bf16
 from model import FORMAT, Config, SpeechLLM
 
 
-def build(config: Config, bf16: bool = False, encoder_cache: str | None = None) -> SpeechLLM:
+def build(
+    config: Config,
+    bf16: bool = False,
+    encoder_cache: str | None = None,
+    training: bool = False,
+) -> SpeechLLM:
     """A SpeechLLM with a new projector, on the CPU, or under ZeRO-3 with its LLM sharded.
 
-    InputError for models that cannot be loaded.
+    `training` only makes it faster in training. InputError for models that cannot be loaded.
     """
     bf16 = choose_bf16(bf16)
     dtype = torch.bfloat16 if bf16 else torch.float32
-    attention = choose_attention(bf16)
+    attention = choose_attention(bf16, training)
     with PartialState().local_main_process_first():  # one process downloads
         encoder = load_whisper(config.whisper_model_name_or_path).encoder
     name = config.llm_model_name_or_path

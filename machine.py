@@ -21,7 +21,8 @@ def choose_bf16(wanted: bool) -> bool:
     return wanted
 
 
-def choose_attention(bf16: bool) -> str | None:
-    """The LLM's implementation of attention for transformers; None is its default."""
-    # the backward of the default, sdpa, is slow in bfloat16 on CPUs
-    return "eager" if bf16 and not torch.accelerator.is_available() else None
+def choose_attention(bf16: bool, training: bool) -> str | None:
+    """The LLM's implementation of attention for transformers; None is its default, sdpa."""
+    if training and bf16 and not torch.accelerator.is_available():
+        return "eager"  # sdpa's backward in bfloat16 is slow on CPUs, its forward is fast
+    return None

@@ -85,7 +85,7 @@ def train(args: TrainingArguments, config: Config, checkpoint: str | None) -> No
     if args.eval_data_path:
         eval_rows = read_manifest(args.eval_data_path)
     transformers.set_seed(args.seed)  # for the projector's first weights
-    model = build(config, args.bf16, args.encoder_cache)
+    model = build(config, args.bf16, args.encoder_cache, training=True)
     if args.projector_model_path:
         model.load_projector(args.projector_model_path)
 

@@ -13,7 +13,8 @@ python=.venv/bin/python
 mkdir -p "$out"
 
 select_utterances() { # IN, OUT, flags
-    [ -e "$2" ] || $python -m experiments.augment select --data_path "$1" --output_path "$2" "${@:3}"
+    [ -e "$2" ] || $python -m experiments.augment select \
+        --data_path "$1" --output_path "$2" "${@:3}"
 }
 
 select_utterances "$train" "$out/train.jsonl" --longest 5 --lower False

@@ -7,7 +7,8 @@ python=.venv/bin/python
 mkdir -p "$out"
 
 select_lower() { # IN, OUT, more flags
-    [ -e "$2" ] || $python -m experiments.augment select --data_path "$1" --output_path "$2" "${@:3}"
+    [ -e "$2" ] || $python -m experiments.augment select \
+        --data_path "$1" --output_path "$2" "${@:3}"
 }
 
 select_lower "$train" "$out/train.jsonl"

@@ -3,10 +3,10 @@
 #
 #     bash experiments/results.sh TRAIN.jsonl DEV.jsonl WHISPER.pt OUT [SEED]
 #
-# from the repository's root, after demo/run.sh, whose LLM and voice it uses. About three hours on two
-# cores. It trains on the corpus, four copies of it at other speeds, and 12,000 sentences that the LLM
-# writes and a voice speaks. DEV is decoded with beams of 1 to 10, and by Whisper's own decoder.
-# Speech, sentences and projectors that are there already are not made again.
+# from the repository's root, after demo/run.sh, whose LLM and voice it uses. About three hours on
+# two cores. It trains on the corpus, four copies of it at other speeds, and 12,000 sentences that
+# the LLM writes and a voice speaks. DEV is decoded with beams of 1 to 10, and by Whisper's own
+# decoder. Speech, sentences and projectors that are there already are not made again.
 set -euo pipefail
 train=$1 dev=$2 whisper=$3 out=$4 seed=${5:-42}
 source experiments/common.sh

@@ -47,6 +47,11 @@ MESSAGES = {
 }
 
 
+def shorten(line):
+    """The name of a case."""
+    return str(line[:60])
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder to work in with the audio that the cases name."""
@@ -78,7 +83,7 @@ def refuse(content, need_text=True):
     return str(error.value)
 
 
-@pytest.mark.parametrize("line", MESSAGES, ids=lambda line: str(line[:60]))
+@pytest.mark.parametrize("line", MESSAGES, ids=shorten)
 def test_a_bad_line_is_named_by_file_and_number_with_what_is_wrong(folder, line):
     data = line if isinstance(line, bytes) else line.encode()
     counts, message = refuse(b"\n\n".join([GOOD.encode(), data])).split("\n", 1)

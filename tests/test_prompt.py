@@ -80,31 +80,17 @@ def test_the_prompt_of_a_genuine_template_is_the_one_written_by_hand(name):
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_labels_of_a_genuine_template_are_those_written_by_hand(name, tmp_path):
     tokenizer = make_tokenizer(name)
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id  # and yet the end is a label
-    end_id = tokenizer.convert_tokens_to_ids(TEMPLATES[name][0][-1])
-    utterances = [
-        Utterance(tiny.make_sound(tmp_path / "a.wav", 0.3, 300), 0.3, "hi"),
-        Utterance(tiny.make_sound(tmp_path / "b.wav", 0.22, 300), 0.22, "a"),
-    ]
-    _, _, end = build_prompt(tokenizer, "Say it:")
-    batch = Collator(tokenizer, end, n_mels=80, stride=5, max_length=99, limit="")(utterances)
+    end_id = build_prompt(tokenizer, "Say it:")[2]
+    assert end_id == tokenizer.pad_token_id  # and yet it is a label
+    first = tiny.make_sound(tmp_path / "a.wav", 0.3, 300)
+    second = tiny.make_sound(tmp_path / "b.wav", 0.22, 300)
+    collator = Collator(tokenizer, end_id, n_mels=80, stride=5, max_length=99, limit="")
+    batch = collator([Utterance(first, 0.3, "hi"), Utterance(second, 0.22, "a")])
     assert batch["labels"].tolist() == [
         [IGNORE, *spell(tokenizer, " hi"), end_id],
         [IGNORE, IGNORE, *spell(tokenizer, " a"), end_id],
     ]
     assert batch["lengths"] == [15, 11]
-
-
-def test_the_audio_follows_the_prompt_whatever_the_prompt_has():
-    tokenizer = make_tokenizer("qwen2.5")
-    before, _, _ = build_prompt(tokenizer, "Wörtlich, in {{ braces }}:\n\n写:")
-    assert tokenizer.decode(before).endswith("user\nWörtlich, in {{ braces }}:\n\n写:\n")
-
-
-def test_a_template_without_an_end_of_the_answer_has_the_tokenizers():
-    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    tokenizer = tiny.make_tokenizer(template, "<|eot_id|>")
-    assert build_prompt(tokenizer, "Say it:")[2] == tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize(
