@@ -221,13 +221,15 @@ class SpeechLLM(nn.Module):
         limits = [len(x) + len(self.after) for x in heard]
         if max_new_tokens is not None:
             limits = [max_new_tokens] * len(heard)
+        # by probability; the usual mean of a token's rewards loops
+        ranking = {"length_penalty": 0.0} if num_beams > 1 else {}
         output = self.llm.generate(
             **self.build_inputs(heard, [[]] * len(heard)),
+            **ranking,
             num_beams=num_beams,
             num_return_sequences=num_beams,
             max_new_tokens=max(limits),
             logits_processor=[EndAtLimit(limits, num_beams, self.end_id)],
-            length_penalty=0.0,  # by probability; the usual mean of a token's rewards loops
             pad_token_id=self.end_id,
             return_dict_in_generate=True,
             output_scores=True,

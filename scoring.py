@@ -8,7 +8,6 @@ import re
 import jiwer
 from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 
-METRICS = ("auto", "WER", "CER")
 NORMALIZERS = {"english": EnglishTextNormalizer(), "basic": BasicTextNormalizer(), "none": str}
 # what a chat says of audio that it does not hear: it excuses itself, or speaks of audio or itself
 REFUSAL = re.compile(

@@ -11,19 +11,21 @@ from manifest import Utterance
 from prompt import build_prompt
 
 FOLDER = Path(__file__).parent / "chat_templates"
-# for each file: its tokens, of which the first starts a text and the last ends an answer; then
-# what stands before the audio and after it
+# for each file: its tokens, of which the first starts a text and the last ends one; then what
+# stands before the audio and after it, and what ends the answer
 TEMPLATES = {
     "qwen2.5": (
         ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant."
         "<|im_end|>\n<|im_start|>user\nSay it:\n",
         "<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_end|>",
     ),
     "qwen3": (  # it would think aloud if it were let
         ["<|endoftext|>", "<|im_start|>", "<think>", "</think>", "<|im_end|>"],
         "<|im_start|>user\nSay it:\n",
         "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+        "<|im_end|>",
     ),
     "llama3.2": (  # it would show today's date
         ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
@@ -31,16 +33,19 @@ TEMPLATES = {
         "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>"
         "<|start_header_id|>user<|end_header_id|>\n\nSay it:\n",
         "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|eot_id|>",
     ),
     "gemma2": (
-        ["<bos>", "<start_of_turn>", "<end_of_turn>"],
+        ["<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"],
         "<bos><start_of_turn>user\nSay it:\n",
         "<end_of_turn>\n<start_of_turn>model\n",
+        "<end_of_turn>",
     ),
     "mistral": (
         ["<s>", "[INST]", "[/INST]", "</s>"],
         "<s>[INST]Say it:\n",
         "[/INST]",
+        "</s>",
     ),
 }
 
@@ -67,12 +72,12 @@ def spell(tokenizer, text):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_prompt_of_a_genuine_template_is_the_one_written_by_hand(name):
-    specials, before, after = TEMPLATES[name]
+    _, before, after, end = TEMPLATES[name]
     tokenizer = make_tokenizer(name)
     before_ids, after_ids, end_id = build_prompt(tokenizer, "Say it:")
     assert tokenizer.decode(before_ids) == before
     assert tokenizer.decode(after_ids) == after
-    assert tokenizer.decode([end_id]) == specials[-1]
+    assert tokenizer.decode([end_id]) == end
     assert before_ids == spell(tokenizer, before)
     assert after_ids == spell(tokenizer, after)
 
@@ -80,17 +85,23 @@ def test_the_prompt_of_a_genuine_template_is_the_one_written_by_hand(name):
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_labels_of_a_genuine_template_are_those_written_by_hand(name, tmp_path):
     tokenizer = make_tokenizer(name)
-    end_id = build_prompt(tokenizer, "Say it:")[2]
-    assert end_id == tokenizer.pad_token_id  # and yet it is a label
+    # which is also what pads for most, and yet a label
+    [end_id] = spell(tokenizer, TEMPLATES[name][3])
     first = tiny.make_sound(tmp_path / "a.wav", 0.3, 300)
-    second = tiny.make_sound(tmp_path / "b.wav", 0.22, 300)
+    second = tiny.make_sound(tmp_path / "b.wav", 0.2201, 300)
     collator = Collator(tokenizer, end_id, n_mels=80, stride=5, max_length=99, limit="")
     batch = collator([Utterance(first, 0.3, "hi"), Utterance(second, 0.22, "a")])
     assert batch["labels"].tolist() == [
         [IGNORE, *spell(tokenizer, " hi"), end_id],
         [IGNORE, IGNORE, *spell(tokenizer, " a"), end_id],
     ]
-    assert batch["lengths"] == [15, 11]
+    assert batch["lengths"] == [15, 12]  # of 20 ms, rounded up
+
+
+def test_where_a_template_does_not_end_an_answer_the_tokenizers_end_does():
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer = tiny.make_tokenizer(template, "<|eot_id|>")
+    assert build_prompt(tokenizer, "Say it:")[2] == tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize(

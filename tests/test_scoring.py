@@ -59,6 +59,7 @@ def test_normalisers_forgive_what_they_say(txt, hyp, rates):
         (["今天天气。", "ok"], ("CER", "basic")),
         (["ひらがな カタカナ"], ("CER", "basic")),
         (["안녕하세요"], ("WER", "basic")),  # Korean has spaces
+        (["go 三 up"], ("WER", "basic")),
     ],
 )
 def test_metric_and_normaliser_follow_the_script_of_the_references(texts, chosen):

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import pytest
@@ -18,50 +17,30 @@ from safetensors.torch import load_file
 import recognize
 import train
 from command import InputError
-from machine import choose_bf16
 from manifest import read_manifest
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = f"{sys.executable} -m torch.distributed.run --standalone"
 ZERO = f"--deepspeed {ROOT}/ds_config_zero3.json"
 RECIPE = """\
-    --llm_model_name_or_path Qwen2-1.5B-Instruct \
-    --whisper_model_name_or_path tiny.pt \
-    --data_path train.jsonl \
-    --bf16 True \
-    --output_dir Qwen-1.5B-Instruct-whisper-tiny \
-    --num_train_epochs 5 \
-    --per_device_train_batch_size 8 \
-    --per_device_eval_batch_size 1 \
-    --gradient_accumulation_steps 8 \
-    --evaluation_strategy "no" \
-    --save_strategy "steps" \
-    --save_steps 100 \
-    --save_total_limit 10 \
-    --learning_rate 3e-4 \
-    --weight_decay 0.01 \
-    --adam_beta2 0.95 \
-    --warmup_ratio 0.01 \
-    --lr_scheduler_type "cosine" \
-    --logging_steps 1 \
-    --report_to "none" \
-    --model_max_length 512 \
-    --gradient_checkpointing \
-    --dataloader_num_workers 4 \
-    --dataloader_prefetch_factor 10"""
+    --llm_model_name_or_path Qwen2-1.5B-Instruct --whisper_model_name_or_path tiny.pt
+    --data_path train.jsonl --bf16 True --output_dir Qwen-1.5B-Instruct-whisper-tiny
+    --num_train_epochs 5 --per_device_train_batch_size 8 --per_device_eval_batch_size 1
+    --gradient_accumulation_steps 8 --evaluation_strategy "no" --save_strategy "steps"
+    --save_steps 100 --save_total_limit 10 --learning_rate 3e-4 --weight_decay 0.01
+    --adam_beta2 0.95 --warmup_ratio 0.01 --lr_scheduler_type "cosine" --logging_steps 1
+    --report_to "none" --model_max_length 512 --gradient_checkpointing
+    --dataloader_num_workers 4 --dataloader_prefetch_factor 10"""
 
 
 def launch(command: str, folder: Path) -> subprocess.Popen:
     """Start a command line in `folder`, where `printed` gets all that it prints."""
+    folder.mkdir(exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    options = {"cwd": folder, "env": environment, "start_new_session": True}
     with open(folder / "printed", "w") as printed:
-        return subprocess.Popen(
-            shlex.split(command),
-            cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=printed,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        options |= {"stdout": printed, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(shlex.split(command), **options)
 
 
 def finish(command: str, folder: Path) -> str:
@@ -111,8 +90,8 @@ def on_build(monkeypatch, look) -> None:
     """Have `look` called with each model that train.main builds, before it trains."""
     build = train.build
 
-    def build_and_look(*arguments):
-        model = build(*arguments)
+    def build_and_look(*arguments, **options):
+        model = build(*arguments, **options)
         look(model)
         return model
 
@@ -303,34 +282,26 @@ def test_recognition_between_steps_changes_none(paths, tmp_path):
     assert equal(plain, recognised)
 
 
-def test_the_llm_joins_after_the_first_share_of_the_steps(paths, tmp_path, monkeypatch):
+def test_the_llm_joins_after_the_first_share_of_the_steps(paths, tmp_path):
     texts = ["go", "no", "up", "on", "in", "ten " * 30]  # the last is too much for its audio
-    options = f"--data_path {tiny.make_manifest(tmp_path, texts)} --max_steps 4"
-    options += " --per_device_train_batch_size 6 --save_strategy no"
-    calls = []
-
-    def count(model):
-        model.llm.register_forward_pre_hook(lambda *_: calls.append("llm"))
-
-    on_build(monkeypatch, count)
+    options = f"--data_path {tiny.make_manifest(tmp_path, texts)} --max_steps 4 --save_strategy no"
     run(paths, tmp_path / "first", f"{options} --ctc_first 0.5")
-    assert len(calls) == 2
+    assert len(log(tmp_path / "first", "llm_loss")) == 2
     run(paths, tmp_path / "without", f"{options} --ctc_weight 0")
-    assert len(calls) == 2 + 4
     assert log(tmp_path / "without", "ctc_loss") == []
     assert log(tmp_path / "without", "loss") == log(tmp_path / "without", "llm_loss")
-    for name in ("first", "without"):
-        assert all(0 < loss < 100 for loss in log(tmp_path / name, "loss"))
+    losses = log(tmp_path / "first", "loss") + log(tmp_path / "without", "loss")
+    assert 0 < min(losses) < max(losses) < 100
 
 
-def test_the_log_has_both_losses_apart(paths, tmp_path):
-    options = "--max_steps 4 --ctc_weight 0.5 --per_device_train_batch_size 2 --save_strategy no"
-    run(paths, tmp_path, f"{options} --gradient_accumulation_steps 2 --learning_rate 1e-3")
-    losses, ctc_losses = log(tmp_path, "loss"), log(tmp_path, "ctc_loss")
-    llm_losses = [0, 0, *log(tmp_path, "llm_loss")]
-    assert len(losses) == len(ctc_losses) == len(llm_losses) == 4
-    for loss, llm_loss, ctc_loss in zip(losses, llm_losses, ctc_losses):
-        assert loss == pytest.approx(llm_loss + 0.5 * ctc_loss, rel=1e-5)
+def test_encoder_outputs_from_the_disk_train_the_same(paths, tmp_path):
+    options = "--max_steps 4 --learning_rate 1e-2 --save_strategy no"
+    plain = run(paths, tmp_path / "plain", options)
+    options += f" --encoder_cache {tmp_path}/cache"
+    for name in ("first", "second"):
+        assert equal(run(paths, tmp_path / name, options), plain)
+        assert log(tmp_path / name, "loss") == log(tmp_path / "plain", "loss")
+        assert len(list(tmp_path.glob("cache/*/*.safetensors"))) == 8
 
 
 def test_the_older_flags_mean_what_they_meant(paths, tmp_path):
@@ -357,28 +328,6 @@ def test_gradient_checkpointing_recomputes_and_changes_no_weight(paths, tmp_path
         torch.testing.assert_close(again[name], tensor, atol=1e-6, rtol=0)
 
 
-def test_encoder_outputs_from_the_disk_train_the_same(paths, tmp_path, monkeypatch):
-    options = "--max_steps 4 --learning_rate 1e-2 --save_strategy no"
-    plain = run(paths, tmp_path / "plain", options)
-    calls = []
-
-    def count(model):
-        compute = model.encoder.compute
-
-        def compute_and_count(windows):
-            calls.extend(windows)
-            return compute(windows)
-
-        model.encoder.compute = compute_and_count
-
-    on_build(monkeypatch, count)
-    options += f" --encoder_cache {tmp_path}/cache"
-    for name in ("first", "second"):
-        assert equal(run(paths, tmp_path / name, options), plain)
-        assert log(tmp_path / name, "loss") == log(tmp_path / "plain", "loss")
-    assert len(calls) == 8  # two epochs in two runs, and each window once
-
-
 def test_bfloat16_that_is_emulated_becomes_float32_with_one_warning(paths, tmp_path, monkeypatch):
     exact = run(paths, tmp_path / "exact", "--max_steps 1 --save_strategy no")
     models = []
@@ -390,17 +339,3 @@ def test_bfloat16_that_is_emulated_becomes_float32_with_one_warning(paths, tmp_p
     assert sum("emulates" in message for message in messages) == 1
     assert models[0].llm.dtype == torch.float32
     assert equal(emulated, exact)
-
-
-def test_bfloat16_trains_with_about_the_same_losses(paths, tmp_path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if not choose_bf16(True):
-            pytest.skip("this processor emulates bfloat16")
-    options = "--max_steps 2 --ctc_first 0 --save_strategy no"
-    run(paths, tmp_path / "exact", options)
-    weights = run(paths, tmp_path / "bf16", f"{options} --bf16 True")
-    exact = log(tmp_path / "exact", "loss")
-    assert log(tmp_path / "bf16", "loss") == pytest.approx(exact, rel=0.02)
-    assert log(tmp_path / "bf16", "loss") != exact
-    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
