@@ -13,16 +13,20 @@ def build_prompt(tokenizer, prompt: str) -> tuple[list[int], list[int], int]:
     name = tokenizer.name_or_path
     if tokenizer.chat_template is None:
         raise InputError(f"{name} has no chat template: put a chat_template.jinja beside it")
-    # Qwen3 must not think aloud, and Llama 3's system turn must not change from day to day
-    options = {"tokenize": False, "enable_thinking": False, "date_string": "26 Jul 2024"}
+    options = {
+        "tokenize": False,
+        "enable_thinking": False,  # of Qwen3
+        "date_string": "26 Jul 2024",  # else Llama 3's system turn changes from day to day
+    }
     messages = [{"role": "user", "content": f"{prompt}\n{AUDIO}"}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
+    render = tokenizer.apply_chat_template
+    text = render(messages, add_generation_prompt=True, **options)
     if text.count(AUDIO) != 1:
         raise InputError(f"{name}: its chat template does not show what a user says, once")
     before, after = text.split(AUDIO)
 
     messages.append({"role": "assistant", "content": AUDIO})
-    text = tokenizer.apply_chat_template(messages, **options)
+    text = render(messages, **options)
     end = text.split(AUDIO)[-1].strip()
     ends = encode(tokenizer, end)
     end_id = ends[0] if ends else tokenizer.eos_token_id

@@ -71,21 +71,22 @@ def assert_same(one: Path, other: Path, steps: int) -> None:
 
 
 def test_a_run_that_is_stopped_by_any_signal_goes_on_exactly(paths, tmp_path):
-    options = "--max_steps 150 --save_steps 5 --save_total_limit 2 --dataloader_num_workers 1"
+    options = "--max_steps 100 --save_steps 5 --save_total_limit 2 --dataloader_num_workers 1"
     command = make_command(paths, options)
     stopped, straight = tmp_path / "stopped", tmp_path / "straight"
     # a run in the background ignores Ctrl-C, and so would what it starts
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signals = {10: signal.SIGINT, 30: signal.SIGTERM, 50: signal.SIGKILL}
     printed = {}
-    for step, sent in ((10, signal.SIGINT), (40, signal.SIGTERM), (70, signal.SIGKILL)):
+    for step, sent in signals.items():
         printed[sent] = interrupt(command, stopped, sent, step)
-        assert step - 5 <= max(whole_checkpoints(stopped / "out")) < 150
+        assert step - 5 <= max(whole_checkpoints(stopped / "out")) < 100
     assert printed[signal.SIGINT].endswith("\nstopped by Ctrl-C\n")
     assert not any("Traceback" in text for text in printed.values())
-    left = 150 - max(whole_checkpoints(stopped / "out"))
+    left = 100 - max(whole_checkpoints(stopped / "out"))
     assert finish(command, stopped).count("'loss': ") == left
-    assert finish(command, straight).count("'loss': ") == 150
-    assert_same(stopped, straight, 150)
+    assert finish(command, straight).count("'loss': ") == 100
+    assert_same(stopped, straight, 100)
 
 
 @pytest.mark.long

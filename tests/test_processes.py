@@ -43,6 +43,8 @@ OPTIONS = """\
     --max_steps 12 --ctc_first 0.25 --learning_rate 1e-4 --adam_epsilon 1e-2
     --lr_scheduler_type cosine --warmup_steps 2 --per_device_train_batch_size 2 --save_steps 3
     --eval_strategy steps --eval_steps 9 --eval_hypotheses 3 --per_device_eval_batch_size 2"""
+# of checkpoints and runs: how many processes, and whether with ZeRO
+KINDS = [(1, False), (2, False), (1, True), (2, True)]
 TRAINED = ("loss", "llm_loss", "ctc_loss", "grad_norm", "learning_rate")
 ERROR_RATE = ("eval_WER %", "eval_substitutions", "eval_deletions", "eval_insertions")
 
@@ -150,8 +152,8 @@ def test_a_run_without_zero_goes_on_with_another_number_of_processes(
     assert_about_the_same(straight / before / "out", tmp_path / "out")
 
 
-@pytest.mark.parametrize("found", [(1, False), (2, False), (1, True), (2, True)])
-@pytest.mark.parametrize("here", [(1, False), (2, False), (1, True), (2, True)])
+@pytest.mark.parametrize("found", KINDS)
+@pytest.mark.parametrize("here", KINDS)
 def test_a_checkpoint_whose_optimizer_would_be_lost_is_refused(tmp_path, found, here):
     # what tells by how many processes a checkpoint is; a later one is half written
     for name, state in (("checkpoint-9", "{\n}\n"), ("checkpoint-10", "{\n")):

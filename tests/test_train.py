@@ -1,4 +1,4 @@
-"""train.py, from its command line to its checkpoints. Other tests of commands share its helpers."""
+"""train.py, from its command line to its checkpoints; other tests share the helpers."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def launch(command: str, folder: Path) -> subprocess.Popen:
 
 
 def finish(command: str, folder: Path) -> str:
-    """Run a command line in `folder` to its end, which must be good, and return what it printed."""
+    """Run a command line in `folder` to its good end, and return what it printed."""
     process = launch(command, folder)
     process.wait(timeout=300)
     printed = (folder / "printed").read_text()
@@ -62,7 +62,7 @@ def wait_until(process: subprocess.Popen, happened) -> None:
 
 
 def flags(paths, output_dir: Path, options: str) -> list[str]:
-    """The arguments of a training of the tiny models; `options` come last, and so win."""
+    """The arguments of a training of the tiny models; `options` come last and win."""
     models = f"--llm_model_name_or_path {paths.qwen} --whisper_model_name_or_path {paths.whisper}"
     rest = "--per_device_train_batch_size 4 --report_to none --disable_tqdm True --logging_steps 1"
     command = f"{models} --data_path {paths.manifest} --output_dir {output_dir} {rest} {options}"
@@ -98,22 +98,20 @@ def on_build(monkeypatch, look) -> None:
     monkeypatch.setattr(train, "build", build_and_look)
 
 
-@pytest.mark.parametrize(
-    "processes, options", [(1, ""), (2, ""), (2, ZERO)], ids=["one", "ddp", "zero"]
-)
-def test_the_published_command_runs_flag_for_flag(tmp_path, monkeypatch, processes, options):
+@pytest.mark.parametrize("setup", ["one", "ddp", "zero"])
+def test_the_published_command_runs_flag_for_flag(tmp_path, monkeypatch, setup):
     tiny.make_llm(tmp_path / "Qwen2-1.5B-Instruct", "qwen")
     tiny.make_whisper(tmp_path / "tiny.pt")
     tiny.make_manifest(tmp_path).rename(tmp_path / "train.jsonl")
-    if processes == 1:
+    if setup == "one":
         monkeypatch.chdir(tmp_path)
         train.main(shlex.split(RECIPE))
     else:
-        start = f"{TORCHRUN} --nnodes=1 --nproc_per_node={processes}"
-        finish(f"{start} {ROOT}/train.py {RECIPE} {options}", tmp_path)
+        command = f"{TORCHRUN} --nnodes=1 --nproc_per_node=2 {ROOT}/train.py {RECIPE}"
+        finish(f"{command} {ZERO}" if setup == "zero" else command, tmp_path)
     output_dir = tmp_path / "Qwen-1.5B-Instruct-whisper-tiny"
     newest = output_dir / "checkpoint-5"
-    assert len(list(newest.glob("rng_state*.pth"))) == processes
+    assert len(list(newest.glob("rng_state*.pth"))) == (1 if setup == "one" else 2)
     saved = load_file(newest / "model.safetensors")
     assert equal(saved, load_file(output_dir / "model.safetensors"))
     assert log(newest, "epoch") == [1, 2, 3, 4, 5]
@@ -206,11 +204,10 @@ def test_training_goes_on_from_a_projector(paths, tmp_path):
 
 
 def evaluate(paths, folder: Path, options: str) -> dict[str, float]:
-    """The figures of an evaluation of the first weights."""
+    """The figures of the first evaluation, which is of the first weights."""
     run(paths, folder, f"--max_steps 1 --learning_rate 0 --eval_strategy steps {options}")
     state = json.loads((folder / "trainer_state.json").read_text())
-    [figures] = [entry for entry in state["log_history"] if "eval_loss" in entry]
-    return figures
+    return next(entry for entry in state["log_history"] if "eval_loss" in entry)
 
 
 def write_manifest(path: Path, wavs: list[str], texts: list[str]) -> Path:
@@ -244,16 +241,17 @@ def test_a_last_batch_of_one_leaves_the_gap_of_the_others(paths, tmp_path):
     wavs = [utterance.path for utterance in read_manifest([paths.manifest])]
     seven = write_manifest(tmp_path / "seven.jsonl", wavs[:7], tiny.TEXTS)
     options = "--per_device_eval_batch_size 7 --eval_data_path"
-    of_seven = evaluate(paths, tmp_path / "7", f"{options} {seven}")["eval_listening_gap"]
-    of_eight = evaluate(paths, tmp_path / "8", f"{options} {paths.manifest}")["eval_listening_gap"]
-    assert of_eight == pytest.approx(of_seven, abs=1e-6)
-    assert abs(of_seven) > 1e-3
+    of_seven = evaluate(paths, tmp_path / "7", f"{options} {seven}")
+    of_eight = evaluate(paths, tmp_path / "8", f"{options} {paths.manifest}")
+    gap = of_seven["eval_listening_gap"]
+    assert of_eight["eval_listening_gap"] == pytest.approx(gap, abs=1e-6)
+    assert abs(gap) > 1e-3
 
 
 def test_evaluation_while_ctc_is_alone_is_of_the_llm(paths, tmp_path):
-    data = f"--eval_data_path {paths.manifest}"
-    alone = evaluate(paths, tmp_path / "alone", f"{data} --ctc_first 1")
-    both = evaluate(paths, tmp_path / "both", f"{data} --ctc_first 0")
+    options = f"--eval_data_path {paths.manifest} --max_steps 2 --eval_steps 1"
+    alone = evaluate(paths, tmp_path / "alone", f"{options} --ctc_first 1")
+    both = evaluate(paths, tmp_path / "both", f"{options} --ctc_first 0")
     assert log(tmp_path / "alone", "llm_loss") == []
     assert alone["eval_loss"] == both["eval_loss"]
     assert alone["eval_listening_gap"] == both["eval_listening_gap"]
@@ -280,6 +278,15 @@ def test_recognition_between_steps_changes_none(paths, tmp_path):
     recognised = run(paths, tmp_path / "recognised", f"{options} --eval_hypotheses 8")
     assert len(log(tmp_path / "recognised", "eval_WER %")) == 2
     assert equal(plain, recognised)
+
+
+def test_the_loss_is_a_mean_over_all_answer_tokens_of_a_step(paths, tmp_path):
+    options = "--max_steps 2 --ctc_first 0 --save_strategy no --per_device_train_batch_size"
+    run(paths, tmp_path / "whole", f"{options} 8")
+    run(paths, tmp_path / "parts", f"{options} 2 --gradient_accumulation_steps 4")
+    for key in ("loss", "llm_loss", "ctc_loss", "grad_norm"):
+        whole = log(tmp_path / "whole", key)
+        assert log(tmp_path / "parts", key) == pytest.approx(whole, rel=1e-5), key
 
 
 def test_the_llm_joins_after_the_first_share_of_the_steps(paths, tmp_path):
