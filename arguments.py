@@ -84,6 +84,8 @@ class TrainingArguments(transformers.TrainingArguments):
         check_positive("gradient_accumulation_steps", self.gradient_accumulation_steps)
         if self.stride is not None:
             check_positive("stride", self.stride)
+        if self.learning_rate < 0:
+            raise InputError(f"--learning_rate must not be negative, got {self.learning_rate}")
         if self.eval_strategy != "no" and not self.eval_data_path:
             raise InputError(f"--eval_strategy {self.eval_strategy} needs --eval_data_path")
         if self.fp16:

@@ -1,6 +1,7 @@
 """How the commands read their arguments, and how they refuse what a user got wrong."""
 
 from collections.abc import Callable
+from typing import NoReturn
 
 from transformers import HfArgumentParser
 
@@ -15,6 +16,7 @@ def parse_arguments(arguments_class: type, argv: list[str] | None = None):
     InputError for an unknown flag, and for values that the dataclass itself refuses.
     """
     parser = HfArgumentParser(arguments_class)
+    parser.error = refuse  # one line, in place of argparse's page of usage
     try:
         args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     except (ValueError, ImportError) as error:
@@ -22,6 +24,10 @@ def parse_arguments(arguments_class: type, argv: list[str] | None = None):
     if unknown:
         raise InputError(f"unknown arguments {' '.join(unknown)}: --help lists the known ones")
     return args
+
+
+def refuse(message: str) -> NoReturn:
+    raise InputError(f"{message}; see --help")
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -72,9 +72,10 @@ def load_whisper(name: str) -> nn.Module:
         return whisper.load_model(name, "cpu")
     except Exception as error:  # torch.load has many for a file that is something else
         names = ", ".join(whisper.available_models())
+        reason = str(error).split(";")[0]
         raise InputError(
             f"--whisper_model_name_or_path: {name} is no openai-whisper file "
-            f"({type(error).__name__}: {error}); valid names: {names}"
+            f"({type(error).__name__}: {reason}); valid names: {names}"
         ) from error
 
 

@@ -91,7 +91,7 @@ class SpeechLLM(nn.Module):
         """Of the embeddings as the LLM reads them, which in Gemma is not as they are stored."""
         vocabulary = range(self.llm.get_input_embeddings().num_embeddings)
         mean_square = self.embed_text(vocabulary).square().mean(dtype=torch.float32)
-        return float(mean_square.sqrt())
+        return mean_square.sqrt().item()
 
     def encode(self, mel: list[Tensor]) -> list[Tensor]:
         """Log-mels (W, M, F) -> encoder outputs (W * F / 2, C) of each utterance."""

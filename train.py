@@ -19,7 +19,7 @@ from accelerate.utils import GatheredParameters
 import scoring
 from arguments import TrainingArguments
 from checkpoints import find_checkpoint, start_deepspeed
-from command import parse_arguments, run_command
+from command import InputError, parse_arguments, run_command
 from data import by_length
 from loading import build, read_config
 from manifest import Utterance, read_manifest
@@ -79,6 +79,10 @@ def make_config(args: TrainingArguments) -> Config:
 
 def train(args: TrainingArguments, config: Config, checkpoint: str | None) -> None:
     """Read the manifests, load the models, train, and save the last weights."""
+    try:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output_dir {args.output_dir}: {error.strerror}") from error
     seed = args.seed if args.data_seed is None else args.data_seed
     train_rows = by_length(read_manifest(args.data_path), args.global_batch_size, seed)
     eval_rows = None
