@@ -1,35 +1,21 @@
 """The demo's converters, and what README and docs say of the code."""
 
 import ast
-import io
 import re
 import struct
-import subprocess
-import tokenize
 from pathlib import Path
 
-import pytest
 import tiny
 import torch
 import whisper
 from transformers import HfArgumentParser
 
-import arguments
+from arguments import RecognitionArguments, TrainingArguments
 from demo import models, speech
 from tools import prepare, score, transcribe, whisper_baseline
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
-COMMANDS = {  # what README starts, and its flags
-    "train.py": arguments.TrainingArguments,
-    "recognize.py": arguments.RecognitionArguments,
-    "-m tools.prepare": prepare.Arguments,
-    "-m tools.score": score.Arguments,
-    "-m tools.transcribe": transcribe.Arguments,
-    "-m tools.whisper_baseline": whisper_baseline.Arguments,
-}
-LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
 
 
 def write_ctranslate2(path, state, layers):
@@ -99,3 +85,49 @@ def test_no_sentence_of_the_demo_is_in_two_sets():
     assert drawn == speech.sentences(seed=0) != speech.sentences(seed=1)
     words = {word for text in drawn["train"] for word in text.split()}
     assert words >= {word for text in drawn["test"] for word in text.split()}
+
+
+def count_code_lines(path):
+    """Lines that are no blank, comment or docstring."""
+    source = path.read_text(encoding="utf-8")
+    docstrings = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            docstrings.update(range(node.lineno, node.end_lineno + 1))
+    lines = enumerate(source.splitlines(), start=1)
+    return sum(n not in docstrings and not re.match(r"\s*(#|$)", line) for n, line in lines)
+
+
+def test_readme_is_short_and_has_the_true_counts():
+    counts = {path.name: count_code_lines(path) for path in ROOT.glob("*.py")}
+    stated = re.findall(r"^\[(\w+\.py)\]\(.*?\) \| (\d+) \|", README, re.MULTILINE)
+    assert {name: int(count) for name, count in stated} == counts
+    assert f"in {sum(counts.values()):,} plain lines of Python" in README
+    assert len(README.split()) <= 1300
+
+
+def test_what_readme_and_docs_link_to_is_there():
+    for page in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
+        text = page.read_text(encoding="utf-8")
+        named = {page.parent / link for link in re.findall(r"\]\((?!http)(.*?)\)", text)}
+        folders = "bench|demo|docs|experiments|tests|tools"
+        named |= {ROOT / path for path in re.findall(rf"\b(?:{folders})/\w+\.\w+", text)}
+        for folder, module in re.findall(rf"-m ({folders})\.(\w+)", text):
+            named.add(ROOT / folder / f"{module}.py")
+        assert not [path for path in named if not path.exists()], page
+
+
+def flags(arguments_class):
+    return set(re.findall(r"--\w+", HfArgumentParser(arguments_class).format_help()))
+
+
+def test_the_flags_in_readme_are_those_of_the_commands():
+    known = {"train": flags(TrainingArguments), "recognize": flags(RecognitionArguments)}
+    for module in (prepare, score, transcribe, whisper_baseline):
+        known[module.__name__.removeprefix("tools.")] = flags(module.Arguments)
+    text = README.replace("\\\n", " ")
+    commands = re.findall(r"^(?:python|torchrun) .*?(?:tools\.(\w+)|(\w+)\.py) +(--.*)", text, re.M)
+    assert len(commands) >= 6
+    for tool, recipe, rest in commands:
+        assert set(re.findall(r"--\w+", rest)) <= known[tool or recipe]
+    assert set(re.findall(r"`(--\w+)`", README)) <= set().union(*known.values())
