@@ -46,7 +46,7 @@ def write_ctranslate2(path, state, layers):
     for theirs, parts in stacks.items():
         leaves = ("gamma", "beta") if "layer_norm" in theirs else ("weight", "bias")
         for leaf, kind in zip(leaves, ("weight", "bias")):
-            zero = torch.zeros(state[f"{parts[0]}.weight"].shape[0])  # a key has no bias
+            zero = torch.zeros(len(state[f"{parts[0]}.weight"]))  # a key has no bias
             tensors = [state.get(f"{part}.{kind}", zero) for part in parts]
             variables[f"{theirs}/{leaf}"] = torch.cat(tensors)
 
@@ -58,16 +58,16 @@ def write_ctranslate2(path, state, layers):
         file.write(struct.pack("<II", 3, len(variables) + 1))
         file.write(string("decoder/num_heads") + struct.pack("<BBIh", 0, 2, 2, 1))
         for name, tensor in variables.items():
-            shape = tensor.shape
-            file.write(string(name) + struct.pack(f"<B{len(shape)}I", len(shape), *shape))
+            file.write(string(name))
+            file.write(struct.pack(f"<B{tensor.dim()}I", tensor.dim(), *tensor.shape))
             data = tensor.half().numpy().tobytes()
             file.write(struct.pack("<BI", 4, len(data)) + data)
         file.write(struct.pack("<I", 0))
 
 
 def test_a_ctranslate2_whisper_becomes_the_whisper_it_was(tmp_path):
-    path = tiny.make_whisper(tmp_path / "tiny.pt", width=64)
-    state = whisper.load_model(str(path)).state_dict()
+    tiny.make_whisper(tmp_path / "tiny.pt", width=64)
+    state = whisper.load_model(str(tmp_path / "tiny.pt")).state_dict()
     write_ctranslate2(tmp_path / "model.bin", state, layers=1)
     models.convert_whisper(tmp_path / "model.bin", tmp_path / "again.pt")
     again = whisper.load_model(str(tmp_path / "again.pt")).state_dict()
@@ -78,8 +78,7 @@ def test_a_ctranslate2_whisper_becomes_the_whisper_it_was(tmp_path):
 
 def test_no_sentence_of_the_demo_is_in_two_sets():
     drawn = speech.sentences(seed=0)
-    assert len(drawn["train"]) == 1000
-    assert len(drawn["test"]) == 100
+    assert (len(drawn["train"]), len(drawn["test"])) == (1000, 100)
     different = {text for texts in drawn.values() for text in texts}
     assert len(different) == sum(map(len, drawn.values()))
     assert drawn == speech.sentences(seed=0) != speech.sentences(seed=1)
@@ -95,7 +94,7 @@ def count_code_lines(path):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             docstrings.update(range(node.lineno, node.end_lineno + 1))
     lines = enumerate(source.splitlines(), start=1)
-    return sum(n not in docstrings and not re.match(r"\s*(#|$)", line) for n, line in lines)
+    return len([n for n, x in lines if n not in docstrings and not re.match(r"\s*(#|$)", x)])
 
 
 def test_readme_is_short_and_has_the_true_counts():
