@@ -106,9 +106,9 @@ class Watch:
             self.peaks[self.phase] = max(self.peaks[self.phase], read_memory())
             time.sleep(0.02)
 
-    def build(self, *args):
+    def build(self, *args, **options):
         """loading.build, behind which training begins."""
-        model = self.original_build(*args)
+        model = self.original_build(*args, **options)
         self.peaks["loaded"] = read_memory()
         self.phase = "training"
         return model
