@@ -29,7 +29,7 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     prompt: str | None = HfArg(
         default=None,
-        help="What the LLM is told to do with the audio.",
+        help="What the LLM is told to do with the audio; by default, to repeat it.",
     )
     stride: int | None = HfArg(
         default=None,
@@ -84,8 +84,13 @@ class TrainingArguments(transformers.TrainingArguments):
         check_positive("gradient_accumulation_steps", self.gradient_accumulation_steps)
         if self.stride is not None:
             check_positive("stride", self.stride)
-        if self.learning_rate < 0:
-            raise InputError(f"--learning_rate must not be negative, got {self.learning_rate}")
+        if not 0 <= self.ctc_first <= 1:
+            raise InputError(f"--ctc_first must be a share from 0 to 1, got {self.ctc_first}")
+        check_not_negative("ctc_weight", self.ctc_weight)
+        check_not_negative("learning_rate", self.learning_rate)
+        check_not_negative("eval_hypotheses", self.eval_hypotheses)
+        if self.eval_hypotheses > 0 and not self.eval_data_path:
+            raise InputError("--eval_hypotheses needs --eval_data_path")
         if self.eval_strategy != "no" and not self.eval_data_path:
             raise InputError(f"--eval_strategy {self.eval_strategy} needs --eval_data_path")
         if self.fp16:
@@ -173,10 +178,16 @@ class RecognitionArguments(ScoringArguments):
         for beams in self.num_beams:
             check_positive("num_beams", beams)
         check_positive("batch_size", self.batch_size)
+        check_not_negative("num_workers", self.num_workers)
         if self.max_new_tokens is not None:
             check_positive("max_new_tokens", self.max_new_tokens)
         if self.result_path.is_dir():
             raise InputError(f"--result_path must be a file, got the folder {self.result_path}")
+
+
+def check_not_negative(flag: str, value: float) -> None:
+    if value < 0:
+        raise InputError(f"--{flag} must not be negative, got {value}")
 
 
 def check_positive(flag: str, value: int) -> None:

@@ -24,6 +24,8 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
             return None
         checkpoint = whole[max(whole)]
 
+    if not Path(checkpoint, "trainer_state.json").is_file():
+        raise InputError(f"--resume_from_checkpoint: there is no checkpoint in {checkpoint}")
     processes = len(list(Path(checkpoint).glob("rng_state*")))
     zero = any(Path(checkpoint).glob("global_step*"))
     with_zero = {True: "with ZeRO", False: "without ZeRO"}
@@ -33,7 +35,8 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
         raise InputError(
             f"{checkpoint} is of {found}, and this run is of {here}: start it as before, or "
             f"start anew from its weights with --projector_model_path {checkpoint}/"
-            "model.safetensors and another --output_dir"
+            "model.safetensors and another --output_dir; if a kill cut this checkpoint short, "
+            "remove its folder"
         )
     if processes != args.world_size:
         warnings.warn(

@@ -4,6 +4,7 @@ Shapes: B utterances, S samples, W windows of an utterance, M mel bins, F mel fr
 (100 a second), T tokens.
 """
 
+import os
 import random
 from dataclasses import dataclass
 
@@ -24,6 +25,8 @@ SILENCE = SAMPLE_RATE // 2  # samples; windows under 30 s are multiples of it
 
 def load_audio(path: str) -> np.ndarray:
     """Any file that libsndfile reads (wav, flac, ogg, opus, mp3) -> (S,) float32, mono, 16 kHz."""
+    if not os.path.isfile(path):
+        raise InputError(f"no such audio file: {path}")
     try:
         audio, rate = soundfile.read(path, dtype="float32", always_2d=True)  # (S, channels)
     except (RuntimeError, MemoryError, TypeError, ValueError) as error:  # a false size; .raw

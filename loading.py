@@ -36,12 +36,17 @@ def build(
         tokenizer = AutoTokenizer.from_pretrained(name)
         llm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention)
     except (OSError, ValueError) as error:
-        raise InputError(f"--llm_model_name_or_path {name} cannot be loaded: {error}") from error
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"--llm_model_name_or_path {name} cannot be loaded: {reason}; wanted a folder, or a "
+            "name on the hub with its owner (Qwen/Qwen2-1.5B-Instruct)"
+        ) from error
     model = SpeechLLM(Encoder(encoder, encoder_cache), llm, tokenizer, config)
     # the sampling and the penalties of a chat go, its stops stay
     stops = llm.generation_config.eos_token_id or []
     stops = [stops] if isinstance(stops, int) else stops
-    llm.generation_config = GenerationConfig(eos_token_id=[model.end_id, *stops])
+    model.stop_ids.update(stops)
+    llm.generation_config = GenerationConfig(eos_token_id=list(model.stop_ids))
     return model
 
 
@@ -89,6 +94,9 @@ def read_config(path: str, **given) -> Config:
             metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be read as a projector file: {error}") from error
+    if "stride" not in metadata:
+        wanted = "wanted the model.safetensors that train.py wrote"
+        raise InputError(f"{path} is no projector file of this project; {wanted}")
     if metadata.get("format") != str(FORMAT):
         raise InputError(
             f"{path} is a projector of format {metadata.get('format')}, and this code reads "

@@ -77,6 +77,7 @@ class SpeechLLM(nn.Module):
         self.register_load_state_dict_post_hook(expect_the_projector_alone)
 
         self.before, self.after, self.end_id = build_prompt(tokenizer, config.prompt)
+        self.stop_ids = {self.end_id}  # what ends a hypothesis; `build` adds the LLM's own stops
         self.blank_id = tokenizer.encode(" ", add_special_tokens=False)[-1]
         llm_dim = llm.get_input_embeddings().embedding_dim
         self.projector = Projector(encoder.width, llm_dim, config.hidden_dim, config.stride)
@@ -143,7 +144,7 @@ class SpeechLLM(nn.Module):
         """CTC's loss (B,) of answers, less their blanks and ends."""
         targets = []
         for answer in answers:
-            ids = [i for i in answer if i not in (self.blank_id, self.end_id)]
+            ids = [i for i in answer if i != self.blank_id and i not in self.stop_ids]
             targets.append(torch.tensor(ids, dtype=torch.long, device=audio[0].device))
         embeddings = self.llm.get_input_embeddings()
         typical = self.embedding_rms**2 * embeddings.embedding_dim  # product with itself
@@ -222,7 +223,7 @@ class SpeechLLM(nn.Module):
         if max_new_tokens is not None:
             limits = [max_new_tokens] * len(heard)
         # by probability; the usual mean of a token's rewards loops
-        ranking = {"length_penalty": 0.0} if num_beams > 1 else {}
+        ranking = {"length_penalty": 0.0, "output_scores": True} if num_beams > 1 else {}
         output = self.llm.generate(
             **self.build_inputs(heard, [[]] * len(heard)),
             **ranking,
@@ -232,14 +233,13 @@ class SpeechLLM(nn.Module):
             logits_processor=[EndAtLimit(limits, num_beams, self.end_id)],
             pad_token_id=self.end_id,
             return_dict_in_generate=True,
-            output_scores=True,
         )
         hypotheses = output.sequences.unflatten(0, (-1, num_beams))  # (B, N, T)
         best = hypotheses[:, 0]
         if num_beams > 1:
             scores = output.sequences_scores.view(-1, num_beams)
             best = self.choose(audio, hypotheses, scores)
-        return [[i for i in row if i != self.end_id] for row in best.tolist()]
+        return [[i for i in row if i not in self.stop_ids] for row in best.tolist()]
 
     def choose(self, audio: list[Tensor], hypotheses: Tensor, llm_scores: Tensor) -> Tensor:
         """Of each beam (B, N, T) the hypothesis (B, T) that is best for the LLM and CTC together.
@@ -254,7 +254,8 @@ class SpeechLLM(nn.Module):
 
     def collator(self, model_max_length: int | None = None) -> Collator:
         """The collator for this model, which allows no more positions than flag and LLM do."""
-        room = getattr(self.llm.config, "max_position_embeddings", torch.inf) - len(self.before)
+        room = getattr(self.llm.config, "max_position_embeddings", torch.inf)
+        room -= len(self.before) + len(self.after)
         limit = "the LLM's max_position_embeddings, less the prompt: take another LLM"
         if model_max_length is not None and model_max_length <= room:
             room, limit = model_max_length, "--model_max_length: raise it"

@@ -123,6 +123,9 @@ def main(argv: list[str] | None = None) -> None:
         table, dropped = [], []
         for beams, path in paths.items():
             results = [make_result(x, beams) for x in utterances]
+            for result in results:
+                hypothesis, duration = result["hyp"], result["duration"]
+                result["hallucination"] = scoring.find_hallucination(hypothesis, duration)
             scored = [x for x in results if x.get("txt") is not None]
             if scored:
                 metric, normalizer = scoring.choose_metric(scored, args.metric, args.normalizer)

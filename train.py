@@ -94,10 +94,10 @@ def train(args: TrainingArguments, config: Config, checkpoint: str | None) -> No
         model.load_projector(args.projector_model_path)
 
     def measure(prediction) -> dict[str, float]:
-        metrics = listening_gap(prediction.predictions)
+        metrics = mean_listening_gap(prediction.predictions)
         if args.eval_hypotheses > 0:
             recognised = eval_rows[: args.eval_hypotheses]
-            metrics |= error_rate(model, recognised, args.eval_batch_size)
+            metrics |= recognise_and_score(model, recognised, args)
         return metrics
 
     trainer = ProjectorTrainer(
@@ -113,7 +113,7 @@ def train(args: TrainingArguments, config: Config, checkpoint: str | None) -> No
     trainer.save_state()
 
 
-def listening_gap(gaps: np.ndarray) -> dict[str, float]:
+def mean_listening_gap(gaps: np.ndarray) -> dict[str, float]:
     """The mean of the utterances' gaps, which are NaN in batches of one."""
     if np.isnan(gaps).all():
         warnings.warn(
@@ -123,9 +123,12 @@ def listening_gap(gaps: np.ndarray) -> dict[str, float]:
     return {"listening_gap": float(np.nanmean(gaps))}
 
 
-def error_rate(model: SpeechLLM, utterances: list[Utterance], batch_size: int) -> dict:
+def recognise_and_score(
+    model: SpeechLLM, utterances: list[Utterance], args: TrainingArguments
+) -> dict[str, float]:
     """WER or CER, and its edits, of greedy hypotheses."""
-    for _ in recognize(model, utterances, [1], batch_size):
+    workers = args.dataloader_num_workers
+    for _ in recognize(model, utterances, [1], args.eval_batch_size, num_workers=workers):
         pass  # each batch adds its hypotheses
     results = [make_result(x, 1) for x in utterances]
     metric, normalizer = scoring.choose_metric(results, "auto", "auto")

@@ -70,6 +70,8 @@ def main(argv: list[str] | None = None) -> None:
     settings, arguments = given[:place], given[place + 1 :]
     args = parse_arguments(TrainingArguments, arguments)
     args.check_processes()
+    if args.deepspeed:
+        raise InputError("--deepspeed: ablations run without it")
     if args.eval_strategy == "no":
         raise InputError("a learning curve needs --eval_strategy steps or epoch")
     config = change_config(make_config(args), settings)

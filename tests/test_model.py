@@ -363,6 +363,7 @@ def test_the_llms_positions_limit_what_is_collated_unless_the_flag_is_lower(mode
     model.collator(9)(utterances)  # " go" and its end in 5 audio positions
     with pytest.raises(InputError, match="at most 8 are allowed by --model_max_length"):
         model.collator(8)(utterances)
-    model.llm.config.max_position_embeddings = len(model.before) + 8
+    prompt = len(model.before) + len(model.after)
+    model.llm.config.max_position_embeddings = prompt + 8
     with pytest.raises(InputError, match="8 are allowed by the LLM's max_position_embeddings"):
         model.collator(9)(utterances)

@@ -127,7 +127,8 @@ def test_utterances_without_txt_are_recognised_and_not_scored(projector, tmp_pat
     manifest = tmp_path / "m.jsonl"
     manifest.write_text('{"wav": "a.wav"}\n{"wav": "a.wav"}')
     results = run(projector, manifest, tmp_path / "new" / "out.jsonl")
-    assert [set(result) for result in results] == [{"wav", "duration", "hyp"}] * 2
+    keys = {"wav", "duration", "hyp", "hallucination"}
+    assert [set(result) for result in results] == [keys, keys]
     assert capsys.readouterr().out == ""
     manifest.write_text('{"wav": "a.wav"}\n{"wav": "a.wav", "txt": "go on"}')
     unscored, scored = run(projector, manifest, tmp_path / "out.jsonl")

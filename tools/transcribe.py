@@ -78,6 +78,8 @@ def transcribe(
     The model is moved to accelerate's device. Several processes share the pieces out, and each
     gets all texts. InputError for what is no audio.
     """
+    if isinstance(audios, str | Path):
+        raise InputError(f"audios must be a list, got {audios!r}: give [{audios!r}]")
     state = PartialState(cpu=not torch.accelerator.is_available())
     model.to(state.device).eval()
     pieces_by_audio = []
