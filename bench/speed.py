@@ -1,107 +1,64 @@
 """Time this code against the data flow of the published recipe, on the same models and speech.
 
-    python bench/speed.py --data_path train.jsonl --llm_model_name_or_path LLM \
-        --whisper_model_name_or_path WHISPER.pt [--projector_model_path model.safetensors] \
-        [--parts padding startup training decoding growth]
+    python -m bench.speed --projector_model_path exp/model.safetensors --data_path train.jsonl \
+        [--parts training decoding growth]
 
-The reference is WeST's flow, rewritten here: 30 s of mel for every utterance, the encoder in every
-step, 300 slots of audio in front of the chat, all padded to 512 positions, logits for each. It has
-the same weights, dtype and optimizer. Both read their data between steps. Each flow lives in a
-process of its own; they take turns on batches that are the same in every round, and medians over
+Both flows (bench/reference.py has the published one) have the same weights, precision and
+optimizer, and read their audio between steps. Each lives in a process of its own, so that its
+memory can be told. They take turns on batches that are the same in every round, and medians over
 the rounds are printed.
 """
 
-import json
-import multiprocessing
 import random
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 
-import soundfile
+import numpy as np
 import torch
 from accelerate.utils import send_to_device
-from torch import nn
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-from transformers.hf_argparser import HfArg, HfArgumentParser
-from whisper.audio import log_mel_spectrogram, pad_or_trim
+from transformers.hf_argparser import HfArg
+from whisper.audio import SAMPLE_RATE
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench.reference import Reference
+from cache import Encoder
+from command import InputError, parse_arguments, run_command
+from data import by_length
+from loading import load, read_config
+from manifest import Utterance, read_manifest
+from scoring import format_table
 
-from cached import Cache
-
-from data import collate, load_audio, read_manifest
-from model import IGNORE, load, run
-from train import by_length
-
-ROOT = Path(__file__).parents[1]
-POSITIONS, SLOTS, TOKENS = 512, 300, 50  # of the recipe: in all, of audio, and new ones at most
-PARTS = ("padding", "startup", "training", "decoding", "growth")
+GIB = 2**30
+# what a step of ours may do: a row's name, and the options of Flow.train
+STEPS = {
+    "ours, CTC alone": {"ctc_weight": 0.3, "ctc_only": True},
+    "ours, CTC and LLM": {"ctc_weight": 0.3},
+    "ours, LLM alone": {},
+    "ours, CTC alone, cached": {"cached": True, "ctc_weight": 0.3, "ctc_only": True},
+    "ours, CTC and LLM, cached": {"cached": True, "ctc_weight": 0.3},
+}
 
 
 @dataclass
 class Arguments:
+    projector_model_path: str = HfArg(help="The model.safetensors that train.py wrote.")
     data_path: list[str] = HfArg(help="JSONL manifests.")
-    llm_model_name_or_path: str = HfArg(help="A folder.")
-    whisper_model_name_or_path: str = HfArg(help="A .pt file.")
-    projector_model_path: str | None = HfArg(default=None, help="For decoding that ends.")
     parts: list[str] = HfArg(default_factory=lambda: list(PARTS), help="What to measure.")
-    rounds: int = HfArg(default=5, help="Medians are over so many.")
-    batch_size: int = HfArg(default=8, help="Utterances in a batch.")
+    rounds: int = HfArg(default=5, help="How many rounds the medians are over.")
+    batch_size: int = HfArg(default=8, help="How many utterances are in a batch.")
     batches: int = HfArg(default=8, help="Batches of a round; the reference has a quarter.")
     num_beams: int = HfArg(default=4, help="Width of the beam in decoding.")
 
-
-class Reference(nn.Module):
-    """The recipe's flow, with the modules of a SpeechLLM."""
-
-    def __init__(self, speech_llm):
-        super().__init__()
-        self.encoder = speech_llm.encoder.to(speech_llm.llm.device)
-        self.projector = speech_llm.projector
-        self.llm, self.tokenizer = speech_llm.llm, speech_llm.tokenizer
-        self.llm.set_attn_implementation("sdpa")  # the default of transformers
-
-    def collate(self, rows: list[dict]) -> dict:
-        audios = [load_audio(row["_path"]) for row in rows]
-        mel = [log_mel_spectrogram(pad_or_trim(x), self.encoder.conv1.in_channels) for x in audios]
-        chats = [
-            [
-                {"role": "system", "content": "You are a helpful assistant."},
-                {"role": "user", "content": "Transcribe the speech"},
-                {"role": "assistant", "content": row["txt"]},
-            ]
-            for row in rows
-        ]
-        render = partial(self.tokenizer.apply_chat_template, return_dict=False)
-        size = {"padding": "max_length", "truncation": True, "max_length": POSITIONS - SLOTS}
-        ids = torch.tensor(render(chats, **size))
-        ask = torch.tensor(render([chat[:2] for chat in chats], add_generation_prompt=True))
-        return {"mel": torch.stack(mel), "ids": ids, "ask": ask}
-
-    def embed(self, mel: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            encoded = self.encoder(mel.to(self.llm.dtype))
-        audio = self.projector(encoded.to(self.projector.conv.bias))
-        return torch.cat([audio.to(self.llm.dtype), self.llm.get_input_embeddings()(ids)], 1)
-
-    def forward(self, mel, ids, ask):
-        speaks = torch.ones(len(ids), SLOTS, dtype=torch.long, device=ids.device)
-        mask = torch.cat([speaks, ids.ne(self.tokenizer.pad_token_id)], 1)
-        labels = torch.cat([speaks * 0, ids], 1).masked_fill(mask == 0, IGNORE)
-        labels[:, :SLOTS] = IGNORE
-        return self.llm(inputs_embeds=self.embed(mel, ids), attention_mask=mask, labels=labels)
-
-    def generate(self, num_beams: int, tokens: int, mel, ids, ask):
-        options = {"num_beams": num_beams, "max_new_tokens": tokens, "do_sample": False}
-        return self.llm.generate(inputs_embeds=self.embed(mel, ask), **options)
+    def __post_init__(self):
+        for part in self.parts:
+            if part not in PARTS:
+                raise InputError(f"--parts must be among {', '.join(PARTS)}, got {part}")
 
 
 class Flow:
@@ -109,290 +66,219 @@ class Flow:
 
     def __init__(self, args: Arguments, name: str):
         torch.manual_seed(42)
-        self.device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        self.ours = load(bf16=True, **vars(args)).to(self.device)
-        self.model = self.ours if name == "ours" else Reference(self.ours)
-        self.args, self.rows = args, read_manifest(args.data_path)
-        # an encoder that computes all anew, and one that keeps what it has computed
-        self.encode, self.folder = self.ours.encoder.forward, tempfile.TemporaryDirectory()
-        self.cache = Cache(self.ours.encoder, self.folder.name)
+        self.args = args
+        self.utterances = read_manifest(args.data_path)
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        self.device = accelerator or torch.device("cpu")
+        model = load(args.projector_model_path, bf16=True)
+        self.is_ours = name == "ours"
+        if self.is_ours:
+            self.collate = model.collator()
+            self.folder = tempfile.TemporaryDirectory()
+            module = model.encoder.module
+            self.encoders = {False: Encoder(module), True: Encoder(module, self.folder.name)}
+        else:
+            model = Reference(model)
+            self.collate = model.collate
+        self.model = model.to(self.device)
+        self.llm_calls: list[int] = []  # positions that the LLM reads in each call
+        model.llm.register_forward_pre_hook(self.note_call, with_kwargs=True)
         # the same projector in all rounds
-        self.optimizer = torch.optim.AdamW(self.ours.projector.parameters(), lr=0.0)
+        self.optimizer = torch.optim.AdamW(model.projector.parameters(), lr=0.0)
 
-    def loader(self, rows: list[dict], size: int) -> DataLoader:
-        ours = self.model is self.ours
-        function = partial(collate, **self.ours.collation) if ours else self.model.collate
-        # without workers: a fork makes memory slow at first, and a round is but a few batches
-        return DataLoader(rows, size, collate_fn=function)
-
-    def attend(self, implementation: str) -> None:
-        """As train.py and recognize.py have it on a CPU; the reference always has the default.
-
-        And nothing comes from the cache, unless `train` says so.
-        """
-        self.ours.encoder.forward = self.encode
-        if self.ours.llm.dtype == torch.float32:
-            implementation = "sdpa"
-        if self.model is self.ours and self.device == "cpu":
-            self.ours.llm.set_attn_implementation(implementation)
+    def note_call(self, module, args: tuple, options: dict) -> None:
+        inputs = options.get("inputs_embeds")
+        if inputs is None:
+            inputs = options["input_ids"]
+        self.llm_calls.append(inputs.shape[:2].numel())
 
     def train(self, cached: bool = False, **options) -> dict:
         """Some batches of an epoch in its order, from the files to the optimizer's step."""
-        self.attend("eager")
-        if cached:
-            self.ours.encoder.forward = self.cache
-        size = self.args.batch_size
-        if self.model is self.ours:
-            rows, count = by_length(self.rows, size, seed=42), self.args.batches
+        size, count = self.args.batch_size, self.args.batches
+        if self.is_ours:
+            self.model.encoder = self.encoders[cached]
+            ordered = by_length(self.utterances, size, seed=42)
         else:
-            rows = random.Random(0).sample(self.rows, len(self.rows))
-            count = max(self.args.batches // 4, 1)
-        # short batches and long ones: the middle of each of `count` shares of equal size
-        batches = [rows[start : start + size] for start in range(0, len(rows) - size + 1, size)]
-        batches.sort(key=lambda batch: batch[0]["duration"])
-        chosen = [batches[int((k + 0.5) * len(batches) / count)] for k in range(count)]
-        return self.steps(sum(chosen, []), size, **options)
+            count = max(count // 4, 1)
+            ordered = random.Random(0).sample(self.utterances, len(self.utterances))
+        batches = cut(ordered, size)
+        batches.sort(key=lambda batch: batch[0].duration)
+        step = max(len(batches) // count, 1)
+        return self.step(batches[step // 2 :: step][:count], **options)  # short ones and long ones
 
-    def steps(self, rows: list[dict], size: int, **options) -> dict:
+    def step(self, batches: list[list[Utterance]], **options) -> dict:
+        self.model.train()
+        self.llm_calls.clear()
         start = time.perf_counter()
-        for batch in self.loader(rows, size):
-            loss = self.model(**send_to_device(batch, self.device), **options)["loss"]
+        for batch in batches:
+            inputs = send_to_device(self.collate(batch), self.device)
+            loss = self.model(**inputs, **options)["loss"]
             loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
-        loss.item()
-        return {"seconds": time.perf_counter() - start, "utterances": len(rows)}
-
-    def grow(self, seconds: int, size: int, folder: str) -> dict:
-        """Three steps with noise of so many seconds, three words to each of them."""
-        self.attend("eager")
-        path = Path(folder, f"{seconds}.wav")
-        if not path.exists():
-            soundfile.write(path, torch.randn(seconds * 16_000).numpy() / 10, 16_000)
-        text = "and then some " * seconds
-        row = {"_path": str(path), "txt": text, "_txt": text}
-        self.steps([row] * size, size, ctc=0.3)
-        return self.steps([row] * 3 * size, size, ctc=0.3)
-
-    @torch.inference_mode()
-    def decode(self, tokens: list[int] | None = None) -> dict:
-        """The first batches of the manifest; the reference's with at most these tokens."""
-        self.attend("sdpa")
-        rows = self.rows[: self.args.batch_size * max(self.args.batches // 4, 1)]
-        rows, sizes = sorted(rows, key=lambda row: -row["duration"]), []
-        start = time.perf_counter()
-        for i, batch in enumerate(self.loader(rows, self.args.batch_size)):
-            batch = send_to_device(batch, self.device)
-            if self.model is self.ours:
-                ids = self.ours.generate(self.args.num_beams, **batch)
-            else:
-                most = tokens[i] if tokens else TOKENS
-                ids = self.model.generate(self.args.num_beams, most, **batch)
-            sizes.append(ids.shape[1])
+        loss.item()  # waits for the device
         seconds = time.perf_counter() - start
-        return {"seconds": seconds, "utterances": len(rows), "tokens": sizes}
+        count = sum(len(batch) for batch in batches)
+        return {"seconds": seconds, "utterances": count, "positions": sum(self.llm_calls)}
 
     def count(self, **options) -> dict:
-        """What `train` computes: floating-point operations, and positions that the LLM reads."""
-        positions = []
-
-        def hook(module, args, kwargs):
-            positions.append(kwargs["inputs_embeds"].shape[:2].numel())
-
-        handle = self.ours.llm.register_forward_pre_hook(hook, with_kwargs=True)
+        """The floating-point operations of `train`."""
         with FlopCounterMode(display=False) as counter:
             self.train(**options)
-        handle.remove()
-        return {"operations": counter.get_total_flops(), "positions": sum(positions)}
+        return {"operations": counter.get_total_flops()}
+
+    @torch.inference_mode()
+    def decode(self, limits: list[int] | None = None) -> dict:
+        """The first batches of the manifest; the reference takes `limits` tokens for each."""
+        self.model.eval()
+        size, beams = self.args.batch_size, self.args.num_beams
+        utterances = self.utterances[: size * max(self.args.batches // 4, 1)]
+        batches = cut(sorted(utterances, key=lambda x: x.duration, reverse=True), size)
+        tokens = []
+        start = time.perf_counter()
+        for i, batch in enumerate(batches):
+            self.llm_calls.clear()
+            inputs = send_to_device(self.collate(batch), self.device)
+            if self.is_ours:
+                audio = self.model.embed_audio(inputs["mel"], inputs["lengths"])
+                self.model.generate(audio, beams)
+            else:
+                self.model.generate(inputs["mel"], inputs["ask"], beams, limits[i])
+            tokens.append(len(self.llm_calls))  # a call for each
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "utterances": len(utterances), "tokens": tokens}
+
+    def grow(self, seconds: int, size: int) -> dict:
+        """Three steps with noise of so many seconds, three words to each of them."""
+        text = "and then some " * seconds
+        noise = np.random.default_rng(0).normal(0, 0.1, seconds * SAMPLE_RATE)
+        utterance = Utterance("noise", seconds, text, samples=noise.astype(np.float32))
+        batch = [utterance] * size
+        self.step([batch], ctc_weight=0.3)  # memory warms up
+        return self.step([batch] * 3, ctc_weight=0.3)
 
     def limit(self) -> dict:
-        """Operations a second of a large matrix product in the flows' precision, for a second."""
-        a = torch.randn(2048, 2048, dtype=self.ours.llm.dtype, device=self.device)
-        (a @ a).sum().item()
-        start, count = time.perf_counter(), 0
+        """Operations a second of matrix products in the flows' precision, over a second."""
+        size = 2048 if self.device.type == "cpu" else 8192
+        a = torch.randn(size, size, dtype=self.model.llm.dtype, device=self.device)
+        (a @ a).sum().item()  # which waits for the device
+        count, start = 0, time.perf_counter()
         while time.perf_counter() - start < 1:
             (a @ a).sum().item()
             count += 1
-        return {"limit": count * 2 * 2048**3 / (time.perf_counter() - start)}
+        return {"limit": count * 2 * size**3 / (time.perf_counter() - start)}
 
 
-def serve(args: Arguments, name: str, connection) -> None:
-    """In a process of its own: answer calls of a Flow's methods, with the peak of its memory."""
-    flow = Flow(args, name)
-    connection.send(memory())
-    for method, options in iter(connection.recv, None):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        connection.send({**getattr(flow, method)(**options), "peak": memory("VmHWM")})
-
-
-def memory(key: str = "VmRSS") -> int:
-    """Bytes of this process."""
-    [line] = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key)]
-    return int(line.split()[1]) * 1024
-
-
-class Process:
-    """A Flow elsewhere."""
+class FlowProcess:
+    """A Flow in another process: a call is of one of its methods."""
 
     def __init__(self, args: Arguments, name: str):
-        self.connection, end = multiprocessing.Pipe()
-        self.process = multiprocessing.get_context("spawn").Process(
-            target=serve, args=(args, name, end), daemon=True
-        )
-        self.process.start()
-        end.close()  # so that a flow that fails ends the other, too
-        self.idle = self.connection.recv()
+        spawn = get_context("spawn")
+        self.pool = ProcessPoolExecutor(1, spawn, initializer=make_flow, initargs=(args, name))
 
     def __call__(self, method: str, **options) -> dict:
-        self.connection.send((method, options))
-        return self.connection.recv()
-
-    def close(self) -> None:
-        self.connection.send(None)
-        self.process.join()
+        return self.pool.submit(call_flow, method, options).result()
 
 
-# what ours does: a row's name, and the options of `forward`
-OURS = {
-    "ours, CTC alone": {"ctc": 0.3, "ctc_alone": True},
-    "ours, CTC and LLM": {"ctc": 0.3},
-    "ours, LLM alone": {"ctc": 0.0},
-    "ours, CTC alone, encoder's outputs in a cache": {
-        "ctc": 0.3,
-        "ctc_alone": True,
-        "cached": True,
-    },
-    "ours, CTC and LLM, encoder's outputs in a cache": {"ctc": 0.3, "cached": True},
-}
+def make_flow(args: Arguments, name: str) -> None:
+    global flow  # of this process
+    flow = Flow(args, name)
 
 
-def training(args: Arguments, reference: Process, ours: Process) -> str:
-    """A table: both flows in turn, medians over the rounds."""
-    results = {name: [] for name in ["reference", *OURS]}
-    limits = []
-    for options in OURS.values():  # memory warms up, and the cache is filled
-        ours("train", **options)
+def call_flow(method: str, options: dict) -> dict:
+    """What a method of the flow returns, and `peak`, the bytes of this process while it ran."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    result = getattr(flow, method)(**options)
+    return {**result, "peak": read_peak()}
+
+
+def read_peak() -> int:
+    """Bytes of the most memory that this process has had."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def cut(utterances: list[Utterance], size: int) -> list[list[Utterance]]:
+    return [utterances[start : start + size] for start in range(0, len(utterances), size)]
+
+
+def summarise(rounds: list[dict]) -> tuple[float, float, str]:
+    """The median of seconds, utterances a second, and the peak of memory."""
+    seconds = median(x["seconds"] for x in rounds)
+    peak = max(x["peak"] for x in rounds)
+    return seconds, rounds[0]["utterances"] / seconds, f"{peak / GIB:.2f} GiB"
+
+
+def measure_training(args: Arguments, reference: FlowProcess, ours: FlowProcess) -> str:
+    """A table: both flows in turn."""
+    ways = {"reference": (reference, {})}
+    for name, options in STEPS.items():
+        ways[name] = (ours, options)
+        ours("train", **options)  # memory warms up, and the cache is filled
+    limits, results = [], {name: [] for name in ways}
     for _ in tqdm(range(args.rounds), "training"):
         limits.append(ours("limit")["limit"])
-        results["reference"].append(reference("train"))
-        for name, options in OURS.items():
-            results[name].append(ours("train", **options))
-    limit, base = statistics.median(limits), None
-    table = "flow | utterances/s | ratio | LLM positions/s | of the limit | peak memory\n"
-    table += "---|---|---|---|---|---\n"
-    for name, rounds in results.items():
-        if name == "reference":
-            counted, idle = reference("count"), reference.idle
-        else:
-            counted, idle = ours("count", **OURS[name]), ours.idle
-        seconds = statistics.median(x["seconds"] for x in rounds)
-        rate = rounds[0]["utterances"] / seconds
-        base = base or rate
-        peak = max(x["peak"] for x in rounds)
-        share = counted["operations"] / seconds / limit
-        table += f"{name} | {rate:.2f} | {rate / base:.1f} | {counted['positions'] / seconds:.0f} "
-        table += f"| {100 * share:.0f} % | {peak / 2**30:.2f} GiB ({idle / 2**30:.2f} idle)\n"
-    return table + f"\nlimit: {limit / 1e9:.0f} GFLOP/s, a product of two 2048 x 2048 matrices\n"
+        for name, (process, options) in ways.items():
+            results[name].append(process("train", **options))
+
+    limit, table = median(limits), []
+    _, slowest, _ = summarise(results["reference"])
+    for name, (process, options) in ways.items():
+        seconds, rate, peak = summarise(results[name])
+        operations = process("count", **options)["operations"]
+        row = {"flow": name, "utterances/s": f"{rate:.2f}", "ratio": f"{rate / slowest:.1f}"}
+        row["LLM positions/s"] = round(results[name][0]["positions"] / seconds)
+        row["of the limit"] = f"{100 * operations / seconds / limit:.0f} %"
+        row["peak memory"] = peak
+        table.append(row)
+    return f"{format_table(table)}\n\nlimit: {limit / 1e9:.0f} GFLOP/s, a product of matrices"
 
 
-def decoding(args: Arguments, reference: Process, ours: Process) -> str:
-    """A table: ours, and the reference with as many tokens as ours takes, and with its own."""
-    mine, limited, free = [], [], []
+def measure_decoding(args: Arguments, reference: FlowProcess, ours: FlowProcess) -> str:
+    """A table: both flows in turn, with as many tokens."""
+    results = {"reference": [], "ours": []}
     for _ in tqdm(range(args.rounds), "decoding"):
-        mine.append(ours("decode"))
-        limited.append(reference("decode", tokens=mine[-1]["tokens"]))
-        free.append(reference("decode"))
-    results = {"ours": mine, "reference, no more tokens than ours": limited, "reference": free}
-    table = f"flow, beam {args.num_beams} | utterances/s | ratio of ours | tokens | peak memory\n"
-    table += "---|---|---|---|---\n"
-    base = statistics.median(x["seconds"] for x in mine)
+        results["ours"].append(ours("decode"))
+        tokens = results["ours"][-1]["tokens"]
+        results["reference"].append(reference("decode", limits=tokens))
+    table = []
+    _, slowest, _ = summarise(results["reference"])
     for name, rounds in results.items():
-        seconds = statistics.median(x["seconds"] for x in rounds)
-        table += f"{name} | {rounds[0]['utterances'] / seconds:.2f} | {seconds / base:.1f} | "
-        tokens = ", ".join(map(str, rounds[0]["tokens"]))
-        table += f"{tokens} | {max(x['peak'] for x in rounds) / 2**30:.2f} GiB\n"
-    return table
+        _, rate, peak = summarise(rounds)
+        row = {f"flow, beam {args.num_beams}": name, "utterances/s": f"{rate:.2f}"}
+        row["ratio"] = f"{rate / slowest:.1f}"
+        row["tokens"] = ", ".join(map(str, rounds[0]["tokens"]))
+        row["peak memory"] = peak
+        table.append(row)
+    return format_table(table)
 
 
-def growth(args: Arguments, reference: Process, ours: Process) -> str:
-    """A table of ours, CTC and LLM, over the length of utterances and the size of batches."""
-    sizes = (1, 8, 32)
-    table = "seconds of audio | " + " | ".join(f"batch {size}" for size in sizes)
-    table += " (utterances/s, peak memory)\n" + "---|" * len(sizes) + "---\n"
-    with tempfile.TemporaryDirectory() as folder:
-        for seconds in tqdm((2, 5, 10, 20), "growth"):
-            cells = [str(seconds)]
-            for size in sizes:
-                one = ours("grow", seconds=seconds, size=size, folder=folder)
-                rate = one["utterances"] / one["seconds"]
-                cells.append(f"{rate:.2f}, {one['peak'] / 2**30:.1f} GiB")
-            table += " | ".join(cells) + "\n"
-    return table
+def measure_growth(args: Arguments, reference: FlowProcess, ours: FlowProcess) -> str:
+    """A table of ours over the length of utterances and the size of batches."""
+    table = []
+    for seconds in tqdm((2, 5, 10, 20), "growth"):
+        row = {"seconds of audio": seconds}
+        for size in (1, 8, 32):
+            _, rate, peak = summarise([ours("grow", seconds=seconds, size=size)])
+            row[f"batch {size}"] = f"{rate:.2f}/s, {peak}"
+        table.append(row)
+    return format_table(table)
 
 
-def padding(args: Arguments) -> str:
-    """How much of the audio in a batch is padding, at random and by length."""
-    rows, size = read_manifest(args.data_path), args.batch_size
-    table = f"order, batches of {size} | padding\n---|---\n"
-    shuffled = random.Random(0).sample(rows, len(rows))
-    for name, order in (("at random", shuffled), ("by length", by_length(rows, size, seed=42))):
-        durations = torch.tensor([row["duration"] for row in order])
-        filled = sum(len(batch) * batch.max() for batch in durations.split(size))
-        table += f"{name} | {100 * (1 - durations.sum() / filled):.1f} %\n"
-    return table
+PARTS = {"training": measure_training, "decoding": measure_decoding, "growth": measure_growth}
 
 
-def startup(args: Arguments) -> str:
-    """Seconds until a manifest is read, and for train.py with one step."""
-    table = "audio | lines of the manifest | seconds to read it | memory of the process\n"
-    table += "---|---|---|---\n"
-    code = "import data, sys, time; start = time.time(); data.read_manifest(sys.argv[1:]);"
-    code += (
-        "print(time.time() - start, open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
-    )
-    noise = torch.randn(4 * 16_000).numpy() / 10
-    with tempfile.TemporaryDirectory() as folder:
-        for i in range(1000):
-            soundfile.write(Path(folder, f"{i}.wav"), noise, 16_000)
-            soundfile.write(Path(folder, f"{i}.ogg"), noise, 16_000, subtype="OPUS")
-        kinds = {"any, with its duration": ("wav", {"duration": 4.0})}
-        kinds |= {"wav": ("wav", {}), "opus": ("ogg", {})}
-        for name, (suffix, keys) in kinds.items():
-            for lines in (1_000, 100_000, 1_000_000):
-                path = Path(folder, "manifest.jsonl")
-                with path.open("w") as file:
-                    for i in range(lines):
-                        row = {"wav": f"{i % 1000}.{suffix}", "txt": "some words " * 5, **keys}
-                        print(json.dumps(row), file=file)
-                command = [sys.executable, "-c", code, str(path)]
-                out = subprocess.run(
-                    command, cwd=ROOT, capture_output=True, text=True, check=True
-                ).stdout
-                seconds, peak = out.split()
-                table += f"{name} | {lines} | {float(seconds):.2f} | {int(peak) / 2**20:.2f} GiB\n"
-        command = [sys.executable, "train.py", "--output_dir", folder, "--max_steps", "1"]
-        command += ["--data_path", *args.data_path, "--bf16", "True", "--report_to", "none"]
-        command += ["--llm_model_name_or_path", args.llm_model_name_or_path]
-        command += ["--whisper_model_name_or_path", args.whisper_model_name_or_path]
-        start = time.perf_counter()
-        subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
-        seconds = time.perf_counter() - start
-    return f"{table}\ntrain.py with one step, saved: {seconds:.1f} s\n"
-
-
-def main() -> None:
-    [args] = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    for part in (padding, startup):
-        if part.__name__ in args.parts:
-            print(part(args), flush=True)
-    if set(args.parts) & {"training", "decoding", "growth"}:
-        flows = [Process(args, name) for name in ("reference", "ours")]
-        for part in (training, decoding, growth):
-            if part.__name__ in args.parts:
-                print(part(args, *flows), flush=True)
-        for flow in flows:
-            flow.close()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(Arguments, argv)
+    # what is wrong with them is said here, and not by two processes
+    read_config(args.projector_model_path)
+    read_manifest(args.data_path)
+    flows = [FlowProcess(args, name) for name in ("reference", "ours")]
+    for part in args.parts:
+        print(PARTS[part](args, *flows), end="\n\n", flush=True)
+    for process in flows:
+        process.pool.shutdown()
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

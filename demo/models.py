@@ -50,7 +50,7 @@ MODELS = {
         "gemma-3-270m",
     ),
 }
-# for an LLM that has learnt no chat, and will do as the examples do: a line a turn, ended by a bar
+# for an LLM that has learnt no chat: a line a turn, ended by a bar
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message.content }}|{{ '\\n' }}{% endfor %}"
 )

@@ -23,6 +23,7 @@ train() {
         --llm_model_name_or_path demo/models/SmolLM2-135M-Instruct \
         --whisper_model_name_or_path demo/models/tiny.en.pt \
         --bf16 True --per_device_train_batch_size 8 --dataloader_num_workers 1 \
+        --encoder_cache demo/exp/encoder_cache \
         --lr_scheduler_type cosine --warmup_ratio 0.05 --logging_steps 25 --report_to none "$@"
 }
 
@@ -31,6 +32,7 @@ recognize() {
         echo "== $1: recognising the test sentences, none of which is in the training set"
         .venv/bin/python recognize.py --projector_model_path "$1/model.safetensors" \
             --data_path demo/speech/test.jsonl --result_path "$1/test.jsonl" --bf16 True \
+            --encoder_cache demo/exp/encoder_cache \
             | tee "$1/score.part"
         mv "$1/score.part" "$1/score.txt"
     fi
@@ -65,7 +67,7 @@ for log in json.load(open("$trained/trainer_state.json"))["log_history"]:
         print(f"{8 * log['step']:18}", *(f"{figure:6.2f}" for figure in figures), sep=" | ")
 END
 echo "== demo/projector.safetensors, which was trained on real speech, reads some of these sentences"
-.venv/bin/python recognize.py --projector_model_path demo/projector.safetensors \
+.venv/bin/python -m tools.transcribe --projector_model_path demo/projector.safetensors \
     --wav demo/speech/test/000?.flac
 echo "== before training"
 cat $untrained/score.txt

@@ -1,15 +1,14 @@
-import sys
-from pathlib import Path
+"""Fixtures that all tests share."""
+
 from types import SimpleNamespace
 
 import pytest
 import tiny
 import transformers
 
-from model import load
+from loading import build
+from model import Config
 
-for folder in ("demo", "bench"):
-    sys.path.append(str(Path(__file__).parents[1] / folder))
 transformers.logging.disable_progress_bar()
 
 
@@ -20,6 +19,7 @@ def paths(tmp_path_factory):
     return SimpleNamespace(
         qwen=str(tiny.make_llm(folder / "qwen", "qwen")),
         llama=str(tiny.make_llm(folder / "llama", "llama")),
+        gemma=str(tiny.make_llm(folder / "gemma", "gemma")),
         whisper=str(tiny.make_whisper(folder / "tiny.pt")),
         whisper128=str(tiny.make_whisper(folder / "large.pt", n_mels=128, width=48)),
         manifest=str(tiny.make_manifest(folder)),
@@ -30,6 +30,5 @@ def paths(tmp_path_factory):
 def projector(paths, tmp_path_factory):
     """A projector file between the tiny Qwen and the tiny Whisper, as it is before training."""
     path = tmp_path_factory.mktemp("projector") / "model.safetensors"
-    names = {"llm_model_name_or_path": paths.qwen, "whisper_model_name_or_path": paths.whisper}
-    load(**names).save_projector(path)
+    build(Config(paths.qwen, paths.whisper)).save_projector(path)
     return str(path)

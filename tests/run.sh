@@ -4,7 +4,7 @@
 #     bash tests/run.sh            # arguments go to pytest: bash tests/run.sh -k prompt
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source demo/environment.sh requirements.txt demo/requirements.txt bench/requirements.txt \
+source demo/environment.sh requirements.txt demo/requirements.txt tools/requirements.txt \
     tests/requirements.txt
 
 export CUDA_VISIBLE_DEVICES=  # the tests are for CPUs

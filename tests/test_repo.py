@@ -1,18 +1,21 @@
-"""The demo's converters and what README promises about the code."""
+"""The demo's converters, and what README and docs say of the code."""
 
+import ast
 import re
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
-import models
-import speech
 import tiny
 import torch
 import whisper
+from transformers import HfArgumentParser
+
+from arguments import RecognitionArguments, TrainingArguments
+from demo import models, speech
+from tools import prepare, score, transcribe, whisper_baseline
 
 ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def write_ctranslate2(path, state, layers):
@@ -43,7 +46,7 @@ def write_ctranslate2(path, state, layers):
     for theirs, parts in stacks.items():
         leaves = ("gamma", "beta") if "layer_norm" in theirs else ("weight", "bias")
         for leaf, kind in zip(leaves, ("weight", "bias")):
-            zero = torch.zeros(state[f"{parts[0]}.weight"].shape[0])  # a key has no bias
+            zero = torch.zeros(len(state[f"{parts[0]}.weight"]))  # a key has no bias
             tensors = [state.get(f"{part}.{kind}", zero) for part in parts]
             variables[f"{theirs}/{leaf}"] = torch.cat(tensors)
 
@@ -55,16 +58,16 @@ def write_ctranslate2(path, state, layers):
         file.write(struct.pack("<II", 3, len(variables) + 1))
         file.write(string("decoder/num_heads") + struct.pack("<BBIh", 0, 2, 2, 1))
         for name, tensor in variables.items():
-            shape = tensor.shape
-            file.write(string(name) + struct.pack(f"<B{len(shape)}I", len(shape), *shape))
+            file.write(string(name))
+            file.write(struct.pack(f"<B{tensor.dim()}I", tensor.dim(), *tensor.shape))
             data = tensor.half().numpy().tobytes()
             file.write(struct.pack("<BI", 4, len(data)) + data)
         file.write(struct.pack("<I", 0))
 
 
 def test_a_ctranslate2_whisper_becomes_the_whisper_it_was(tmp_path):
-    path = tiny.make_whisper(tmp_path / "tiny.pt", width=64)
-    state = whisper.load_model(str(path)).state_dict()
+    tiny.make_whisper(tmp_path / "tiny.pt", width=64)
+    state = whisper.load_model(str(tmp_path / "tiny.pt")).state_dict()
     write_ctranslate2(tmp_path / "model.bin", state, layers=1)
     models.convert_whisper(tmp_path / "model.bin", tmp_path / "again.pt")
     again = whisper.load_model(str(tmp_path / "again.pt")).state_dict()
@@ -75,18 +78,55 @@ def test_a_ctranslate2_whisper_becomes_the_whisper_it_was(tmp_path):
 
 def test_no_sentence_of_the_demo_is_in_two_sets():
     drawn = speech.sentences(seed=0)
-    assert len(drawn["train"]) == 1000 and len(drawn["test"]) == 100
-    assert len({text for texts in drawn.values() for text in texts}) == sum(
-        map(len, drawn.values())
-    )
+    assert (len(drawn["train"]), len(drawn["test"])) == (1000, 100)
+    different = {text for texts in drawn.values() for text in texts}
+    assert len(different) == sum(map(len, drawn.values()))
     assert drawn == speech.sentences(seed=0) != speech.sentences(seed=1)
     words = {word for text in drawn["train"] for word in text.split()}
     assert words >= {word for text in drawn["test"] for word in text.split()}
 
 
-def test_the_core_is_as_short_as_readme_says():
-    command = [sys.executable, "bench/core_lines.py"]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    total = int(re.search(r"total (\d+) of at most 400", printed)[1])
-    assert total <= 400
-    assert f"{total} lines of code" in (ROOT / "README.md").read_text(encoding="utf-8")
+def count_code_lines(path):
+    """Lines that are no blank, comment or docstring."""
+    source = path.read_text(encoding="utf-8")
+    docstrings = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            docstrings.update(range(node.lineno, node.end_lineno + 1))
+    lines = enumerate(source.splitlines(), start=1)
+    return len([n for n, x in lines if n not in docstrings and not re.match(r"\s*(#|$)", x)])
+
+
+def test_readme_is_short_and_has_the_true_counts():
+    counts = {path.name: count_code_lines(path) for path in ROOT.glob("*.py")}
+    stated = re.findall(r"^\[(\w+\.py)\]\(.*?\) \| (\d+) \|", README, re.MULTILINE)
+    assert {name: int(count) for name, count in stated} == counts
+    assert f"in {sum(counts.values()):,} plain lines of Python" in README
+    assert len(README.split()) <= 1300
+
+
+def test_what_readme_and_docs_link_to_is_there():
+    for page in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
+        text = page.read_text(encoding="utf-8")
+        named = {page.parent / link for link in re.findall(r"\]\((?!http)(.*?)\)", text)}
+        folders = "bench|demo|docs|experiments|tests|tools"
+        named |= {ROOT / path for path in re.findall(rf"\b(?:{folders})/\w+\.\w+", text)}
+        for folder, module in re.findall(rf"-m ({folders})\.(\w+)", text):
+            named.add(ROOT / folder / f"{module}.py")
+        assert not [path for path in named if not path.exists()], page
+
+
+def flags(arguments_class):
+    return set(re.findall(r"--\w+", HfArgumentParser(arguments_class).format_help()))
+
+
+def test_the_flags_in_readme_are_those_of_the_commands():
+    known = {"train": flags(TrainingArguments), "recognize": flags(RecognitionArguments)}
+    for module in (prepare, score, transcribe, whisper_baseline):
+        known[module.__name__.removeprefix("tools.")] = flags(module.Arguments)
+    text = README.replace("\\\n", " ")
+    commands = re.findall(r"^(?:python|torchrun) .*?(?:tools\.(\w+)|(\w+)\.py) +(--.*)", text, re.M)
+    assert len(commands) >= 6
+    for tool, recipe, rest in commands:
+        assert set(re.findall(r"--\w+", rest)) <= known[tool or recipe]
+    assert set(re.findall(r"`(--\w+)`", README)) <= set().union(*known.values())

@@ -9,6 +9,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -16,6 +18,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 from whisper.model import ModelDimensions, Whisper
+
+from loading import build
+from model import Config, SpeechLLM
 
 SPECIALS = [
     "<|endoftext|>",
@@ -39,23 +44,34 @@ LLAMA3 = """\
  + message['content'] | trim + '<|eot_id|>' }}{% endfor %}\
 {% if add_generation_prompt %}\
 {{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
+GEMMA = """\
+<|begin_of_text|>{% for m in messages %}\
+{% set role = 'model' if m.role == 'assistant' else m.role %}\
+{{ '<|im_start|>' + role + '\n' + m.content | trim + '<|im_end|>\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>model\n' }}{% endif %}"""
 TEXTS = ["go", "no", "up", "left", "on", "ten", "in", "red"]
 
 
-def make_tokenizer(template: str | None, end: str) -> PreTrainedTokenizerFast:
-    """One token a byte; pad is `end`, as in the published recipe."""
+def make_tokenizer(
+    template: str | None, end: str, specials: list[str] = SPECIALS, start: str | None = None
+) -> PreTrainedTokenizerFast:
+    """One token a byte, and `specials`; pad is `end`, as in the published recipe."""
     letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(BPE(vocab=letters, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in SPECIALS])
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in specials])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=end, pad_token=end, chat_template=template
+        tokenizer_object=tokenizer,
+        bos_token=start,
+        eos_token=end,
+        pad_token=end,
+        chat_template=template,
     )
 
 
 def make_llm(folder: Path, family: str) -> Path:
-    """A random Qwen2 with ChatML, or a random Llama with Llama 3's template, and its tokenizer."""
+    """A random "qwen" (2), "llama" or "gemma" (3) with its tokenizer and a template like theirs."""
     torch.manual_seed(0)
     sizes = {
         "vocab_size": 256 + len(SPECIALS),
@@ -70,9 +86,14 @@ def make_llm(folder: Path, family: str) -> Path:
     if family == "qwen":
         tokenizer = make_tokenizer(CHATML, "<|im_end|>")
         llm = Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=True))
-    else:
+    elif family == "llama":
         tokenizer = make_tokenizer(LLAMA3, "<|eot_id|>")
         llm = LlamaForCausalLM(LlamaConfig(**sizes))
+    else:
+        tokenizer = make_tokenizer(GEMMA, "<|im_end|>")
+        # tied, it would say its last token again and again
+        options = {"head_dim": 32, "sliding_window": 512, "tie_word_embeddings": False}
+        llm = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **options))
     llm.generation_config.eos_token_id = tokenizer.eos_token_id
     llm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -90,10 +111,17 @@ def make_whisper(path: Path, n_mels: int = 80, width: int = 32) -> Path:
     return path
 
 
+def make_model(paths, llm: str = "qwen", whisper: str = "whisper", **settings) -> SpeechLLM:
+    """A model of two of the fixture's `paths`; `settings` are of its Config."""
+    torch.manual_seed(0)
+    return build(Config(getattr(paths, llm), getattr(paths, whisper), **settings))
+
+
 def make_sound(path: Path, seconds: float, pitch: float, rate: int = 16_000) -> Path:
     """A sine of `pitch` Hz that fades out."""
     time = np.arange(int(seconds * rate)) / rate
-    soundfile.write(path, 0.5 * np.sin(2 * np.pi * pitch * time) * np.exp(-time), rate)
+    wave = 0.5 * np.sin(2 * np.pi * pitch * time)
+    soundfile.write(path, wave * np.exp(-time), rate)
     return path
 
 

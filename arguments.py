@@ -1,0 +1,195 @@
+"""The flags of train.py and recognize.py, and what is refused before models load."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import transformers
+from transformers.hf_argparser import HfArg
+
+from command import InputError
+from machine import choose_bf16
+
+
+@dataclass(kw_only=True)
+class TrainingArguments(transformers.TrainingArguments):
+    """The flags of train.py: ours, and all of the Hugging Face Trainer's."""
+
+    llm_model_name_or_path: str = HfArg(
+        help="A Qwen, a Llama or another LLM: its name on the hub, or a folder."
+    )
+    whisper_model_name_or_path: str = HfArg(
+        help="A Whisper: its name (tiny ... turbo), or a .pt file."
+    )
+    projector_model_path: str | None = HfArg(
+        default=None,
+        help="A projector to start from, in place of a random one.",
+    )
+    prompt: str | None = HfArg(
+        default=None,
+        help="What the LLM is told to do with the audio; by default, to repeat it.",
+    )
+    stride: int | None = HfArg(
+        default=None,
+        help="How many encoder positions (20 ms) one audio position joins; default 5.",
+    )
+    data_path: list[str] = HfArg(
+        help="JSONL manifests to train on; one that is named twice counts twice."
+    )
+    eval_data_path: list[str] | None = HfArg(
+        default=None,
+        help="JSONL manifests to evaluate on, as often as --eval_strategy says.",
+    )
+    eval_hypotheses: int = HfArg(
+        default=0,
+        help="How many of their utterances evaluation recognises for a WER or CER.",
+    )
+    encoder_cache: str | None = HfArg(
+        default=None,
+        help="A folder that keeps encoder outputs for later epochs and runs.",
+    )
+    model_max_length: int = HfArg(
+        default=512,
+        help="Most positions of audio and transcript; longer utterances are refused.",
+    )
+    ctc_weight: float = HfArg(
+        default=0.3,
+        help="Weight of the CTC loss beside the LLM's; 0 leaves it out.",
+    )
+    ctc_first: float = HfArg(
+        default=0.5,
+        help="Share of the steps, at the start, with the CTC loss alone.",
+    )
+    # flags of the published recipe that transformers 5 renamed
+    eval_strategy: str = HfArg(
+        default="no",
+        aliases=["--evaluation_strategy"],
+        help="When to evaluate: no, steps or epoch.",
+    )
+    warmup_steps: float = HfArg(
+        default=0,
+        aliases=["--warmup_ratio"],
+        help="Steps of warm-up; below 1, their share of all steps.",
+    )
+    use_cpu: bool = HfArg(
+        default=not torch.accelerator.is_available(),
+        help="Whether to leave accelerators alone.",
+    )
+
+    def __post_init__(self):
+        check_positive("per_device_train_batch_size", self.per_device_train_batch_size)
+        check_positive("per_device_eval_batch_size", self.per_device_eval_batch_size)
+        check_positive("gradient_accumulation_steps", self.gradient_accumulation_steps)
+        if self.stride is not None:
+            check_positive("stride", self.stride)
+        if not 0 <= self.ctc_first <= 1:
+            raise InputError(f"--ctc_first must be a share from 0 to 1, got {self.ctc_first}")
+        check_not_negative("ctc_weight", self.ctc_weight)
+        check_not_negative("learning_rate", self.learning_rate)
+        check_not_negative("eval_hypotheses", self.eval_hypotheses)
+        if self.eval_hypotheses > 0 and not self.eval_data_path:
+            raise InputError("--eval_hypotheses needs --eval_data_path")
+        if self.eval_strategy != "no" and not self.eval_data_path:
+            raise InputError(f"--eval_strategy {self.eval_strategy} needs --eval_data_path")
+        if self.fp16:
+            warnings.warn("--fp16: Qwen overflows in it (grad_norm nan); use --bf16", stacklevel=2)
+        self.bf16 = choose_bf16(self.bf16)  # before autocast and ZeRO's settings follow from it
+        super().__post_init__()
+        self.remove_unused_columns = False  # rows are Utterances
+        self.train_sampling_strategy = "sequential"  # rows are in their order
+        self.ddp_find_unused_parameters = False  # every step uses the whole projector
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    def check_processes(self) -> None:
+        """InputError for several GPUs in one process. Call it when DeepSpeed has started."""
+        if self.n_gpu > 1:
+            raise InputError(
+                f"{self.n_gpu} GPUs are visible and one process was started: torchrun "
+                f"--nproc_per_node={self.n_gpu} train.py ..., or CUDA_VISIBLE_DEVICES=0"
+            )
+
+
+@dataclass(kw_only=True)
+class ScoringArguments:
+    """The flags of every command that scores."""
+
+    metric: Literal["auto", "WER", "CER"] = HfArg(
+        default="auto",
+        help="Whether words or characters count; auto: CER for Chinese and Japanese.",
+    )
+    normalizer: Literal["auto", "english", "basic", "none"] = HfArg(
+        default="auto",
+        help="openai-whisper's for both sides; auto: english where references are ASCII.",
+    )
+
+
+@dataclass(kw_only=True)
+class RecognitionArguments(ScoringArguments):
+    """The flags of recognize.py."""
+
+    projector_model_path: str = HfArg(
+        help="The model.safetensors that train.py wrote.",
+    )
+    data_path: list[str] = HfArg(
+        help="JSONL manifests; lines without txt are recognised and not scored.",
+    )
+    result_path: Path = HfArg(
+        help="JSONL of the results; several beams have a file each.",
+    )
+    num_beams: list[int] = HfArg(
+        default_factory=lambda: [3],
+        help="Widths of the beam; 1 is greedy.",
+    )
+    batch_size: int = HfArg(
+        default=8,
+        help="How many utterances are decoded at once.",
+    )
+    max_new_tokens: int | None = HfArg(
+        default=None,
+        help="Most tokens of a hypothesis; by default as many as its audio allows.",
+    )
+    bf16: bool = HfArg(
+        default=torch.accelerator.is_available(),
+        help="Whether to compute in bfloat16, not in float32.",
+    )
+    encoder_cache: str | None = HfArg(
+        default=None,
+        help="A folder that keeps encoder outputs for later runs.",
+    )
+    num_workers: int = HfArg(
+        default=2,
+        help="Processes that read audio; 0 reads it in this one.",
+    )
+    llm_model_name_or_path: str | None = HfArg(
+        default=None,
+        help="Where the LLM is now, if it moved since training.",
+    )
+    whisper_model_name_or_path: str | None = HfArg(
+        default=None,
+        help="Where the encoder is now, if it moved since training.",
+    )
+
+    def __post_init__(self):
+        for beams in self.num_beams:
+            check_positive("num_beams", beams)
+        check_positive("batch_size", self.batch_size)
+        check_not_negative("num_workers", self.num_workers)
+        if self.max_new_tokens is not None:
+            check_positive("max_new_tokens", self.max_new_tokens)
+        if self.result_path.is_dir():
+            raise InputError(f"--result_path must be a file, got the folder {self.result_path}")
+
+
+def check_not_negative(flag: str, value: float) -> None:
+    if value < 0:
+        raise InputError(f"--{flag} must not be negative, got {value}")
+
+
+def check_positive(flag: str, value: int) -> None:
+    if value < 1:
+        raise InputError(f"--{flag} must be at least 1, got {value}")

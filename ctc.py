@@ -1,0 +1,59 @@
+"""CTC between projected audio and text, whose classifier is the LLM's own input embeddings.
+
+So each audio position moves to the embedding of the word piece that is spoken in it, in the space
+that the LLM reads anyway, or to that of the blank, a space, where nothing is spoken. No weight is
+added.
+
+Shapes: B utterances, A audio positions, D width of the LLM, P classes, N hypotheses.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+COMMON_TOKENS = 8192  # always among the classes: the first tokens of a vocabulary are the common
+
+
+def drop_blanks(audio: list[Tensor], blank: Tensor, threshold: float) -> list[Tensor]:
+    """Audio (A, D) of each utterance less the positions that are near the blank's embedding (D,).
+
+    Near is a cosine of `threshold` or more.
+    """
+    kept = []
+    for positions in audio:
+        similarity = nn.functional.cosine_similarity(positions, blank, dim=-1)
+        kept.append(positions[similarity < threshold])
+    return kept
+
+
+def ctc_loss(
+    audio: list[Tensor],
+    targets: list[Tensor],
+    embeddings: nn.Embedding,
+    blank_id: int,
+    scale: float,
+    zero_infinity: bool = False,
+) -> Tensor:
+    """Negative log-likelihoods of token ids `targets`, in nats: (B,).
+
+    Audio is (A, D) for each target, or that of one utterance for all targets. Logits are `scale`
+    times the products with the embeddings of the classes: the blank, common tokens, and what
+    `targets` have. Of a target with more tokens than its audio has positions (or as many, one of
+    them doubled) the loss is infinite, or 0 with `zero_infinity`.
+    """
+    common = torch.arange(min(COMMON_TOKENS, embeddings.num_embeddings), device=audio[0].device)
+    tokens = torch.cat([common, common.new_tensor([blank_id]), *targets])
+    classes, index = tokens.unique(return_inverse=True)  # (P,), and the place of each token in it
+    blank_class = int(index[len(common)])
+    target_classes = index[len(common) + 1 :]
+
+    rows = embeddings(classes)  # (P, D)
+    padded = pad_sequence(audio, batch_first=True)
+    logits = padded.to(rows.dtype) @ rows.T * scale  # (B, A, P)
+    log_probs = logits.float().log_softmax(-1).transpose(0, 1)
+    log_probs = log_probs.expand(-1, len(targets), -1)
+
+    audio_lengths = torch.tensor([len(x) for x in audio]).expand(len(targets))
+    target_lengths = torch.tensor([len(x) for x in targets])
+    loss = nn.CTCLoss(blank_class, reduction="none", zero_infinity=zero_infinity)
+    return loss(log_probs, target_classes, audio_lengths, target_lengths)

@@ -1,0 +1,236 @@
+"""More speech from little: what results.sh and rows.sh train on beside the corpus itself.
+
+    python -m experiments.augment select --data_path in.jsonl --output_path out.jsonl
+    python -m experiments.augment speed --data_path in.jsonl --output_dir copies --factors 0.88 1.12
+    python -m experiments.augment write --llm_model_name_or_path LLM --output_path text.txt
+    python -m experiments.augment speak --text_path text.txt --output_dir spoken
+
+`select` makes transcripts lower-case without punctuation, and leaves utterances out. `speed` copies
+utterances faster or slower, and so higher or lower. `write` lets the LLM write short sentences
+around words of its own vocabulary. `speak` lets the demo's offline voice say them, and some
+numbers, at different speeds and pitches with a little noise. `speed` and `speak` end in
+OUTPUT_DIR/manifest.jsonl.
+"""
+
+import json
+import random
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.hf_argparser import HfArg
+from whisper.audio import SAMPLE_RATE
+
+from command import InputError, parse_arguments, run_command
+from data import load_audio
+from machine import choose_bf16
+from manifest import read_manifest
+
+SEED = 0
+TASKS = [
+    "Write a very short story for children with the words",
+    "Write a conversation between two friends, in short sentences, with the words",
+    "Write ten short and simple sentences with the words",
+]
+COMMON_WORDS = 12_000  # the first ones of the vocabulary are the most common
+MOST_WORDS = 12  # in a sentence
+STORIES = 128  # written at once
+SENTENCE = re.compile(r"[^.!?\n:\"]+[.!?]")
+PLAIN_ENGLISH = re.compile(r"[A-Za-z' ,.!?;-]+")
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+PITCHES = [0.85, 0.93, 1.0, 1.1, 1.2, 1.3]
+
+
+@dataclass
+class SelectArguments:
+    data_path: list[str] = HfArg(help="JSONL manifests.")
+    output_path: Path = HfArg(help="The manifest to write.")
+    lower: bool = HfArg(default=True, help="Make transcripts lower-case without punctuation.")
+    longest: float = HfArg(default=float("inf"), help="Leave out what is longer, in seconds.")
+    every: int = HfArg(default=1, help="Of the rest keep the first of each so many utterances.")
+
+
+@dataclass
+class SpeedArguments:
+    data_path: list[str] = HfArg(help="JSONL manifests.")
+    output_dir: Path = HfArg(help="Where the copies and their manifest go.")
+    factors: list[float] = HfArg(help="Speeds; each makes a copy of every utterance.")
+
+
+@dataclass
+class WriteArguments:
+    llm_model_name_or_path: str = HfArg(help="A chat model: a name or a folder.")
+    output_path: Path = HfArg(help="The text to write, a sentence a line.")
+    count: int = HfArg(default=12_000, help="How many sentences.")
+
+
+@dataclass
+class SpeakArguments:
+    text_path: Path = HfArg(help="Text, a sentence a line.")
+    output_dir: Path = HfArg(help="Where the audio and its manifest go.")
+    numbers: int = HfArg(default=400, help="Rows of digits that are spoken beside the sentences.")
+
+
+def select(args: SelectArguments) -> None:
+    """Write a manifest of what `args` keep; transcripts without any letter are left out, too."""
+    rows = []
+    for utterance in read_manifest(args.data_path):
+        plain = make_plain(utterance.text)
+        if plain and utterance.duration <= args.longest:
+            text = plain if args.lower else utterance.text
+            rows.append({"wav": str(Path(utterance.path).resolve()), "txt": text})
+    write_manifest(args.output_path, rows[:: args.every])
+
+
+def make_plain(text: str) -> str:
+    """Lower case, letters and apostrophes alone."""
+    return " ".join(re.sub("[^a-z' ]", " ", text.lower()).split())
+
+
+def write_manifest(path: Path, rows: list[dict]) -> None:
+    """Under another name first, so that a manifest that is there is whole."""
+    part = path.with_name(f"{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    part.replace(path)
+    print(f"{path}: {len(rows)} utterances")
+
+
+def speed(args: SpeedArguments) -> None:
+    """Write copies of each utterance at other speeds, and their manifest."""
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i, utterance in enumerate(tqdm(read_manifest(args.data_path), str(args.output_dir))):
+        audio = load_audio(utterance.path)
+        for factor in args.factors:
+            name = f"{i:05}-{factor}.flac"
+            copy = soxr.resample(audio, SAMPLE_RATE * factor, SAMPLE_RATE)
+            save_audio(args.output_dir / name, copy)
+            rows.append({"wav": name, "txt": utterance.text})
+    write_manifest(args.output_dir / "manifest.jsonl", rows)
+
+
+def save_audio(path: Path, audio: np.ndarray) -> None:
+    soundfile.write(path, audio.clip(-1, 1), SAMPLE_RATE)
+
+
+def write(args: WriteArguments) -> None:
+    """Let the LLM write sentences until there are enough different ones."""
+    name = args.llm_model_name_or_path
+    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+    tokenizer.pad_token = tokenizer.eos_token
+    dtype = torch.bfloat16 if choose_bf16(True) else torch.float32
+    llm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    words = list_common_words(tokenizer)
+    rng = random.Random(SEED)
+    torch.manual_seed(SEED)
+
+    found: dict[str, None] = {}  # a set that keeps its order
+    bar = tqdm(total=args.count, desc=str(args.output_path))
+    while len(found) < args.count:
+        tasks = []
+        for _ in range(STORIES):
+            first, second = rng.sample(words, 2)
+            tasks.append(f'{rng.choice(TASKS)} "{first}" and "{second}".')
+        for story in answer(llm, tokenizer, tasks):
+            found.update(dict.fromkeys(find_sentences(story)))
+        bar.update(len(found) - bar.n)
+    sentences = list(found)[: args.count]
+    args.output_path.write_text("\n".join(sentences) + "\n")
+
+
+def list_common_words(tokenizer) -> list[str]:
+    """Words that are one token each, the most common first."""
+    ids = tokenizer.get_vocab()
+    tokens = [token for token in ids if re.fullmatch("Ġ[a-z]{3,}", token)]
+    tokens.sort(key=ids.get)
+    return [token.removeprefix("Ġ") for token in tokens[:COMMON_WORDS]]
+
+
+@torch.inference_mode()
+def answer(llm, tokenizer, tasks: list[str]) -> list[str]:
+    """What the LLM writes, drawn at random, when a user says each task."""
+    prompts = []
+    for task in tasks:
+        turns = [{"role": "user", "content": task}]
+        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        prompts.append(prompt)
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+    output = llm.generate(
+        **inputs,
+        do_sample=True,
+        temperature=0.9,
+        top_k=200,
+        top_p=1.0,
+        max_new_tokens=96,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    new = output[:, inputs["input_ids"].shape[1] :]
+    return tokenizer.batch_decode(new, skip_special_tokens=True)
+
+
+def find_sentences(story: str) -> list[str]:
+    """The plain English sentences of two words to MOST_WORDS, as a transcript has them."""
+    sentences = []
+    for sentence in SENTENCE.findall(story):
+        plain = make_plain(sentence)
+        if PLAIN_ENGLISH.fullmatch(sentence) and 2 <= len(plain.split()) <= MOST_WORDS:
+            sentences.append(plain)
+    return sentences
+
+
+def speak(args: SpeakArguments) -> None:
+    """Let the voice say each line of the text, and rows of digits, and write their manifest."""
+    import hibari
+
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(SEED)
+    texts = args.text_path.read_text().splitlines()
+    for _ in range(args.numbers):
+        digits = rng.choices(DIGITS, k=rng.randint(3, 8))
+        texts.append(" ".join(digits))
+
+    voice = hibari.Hibari()
+    rows = []
+    for i, text in enumerate(tqdm(texts, str(args.output_dir))):
+        speech = voice(text, speed=rng.uniform(0.75, 1.25), seed=i)
+        rate = hibari.SAMPLE_RATE * rng.choice(PITCHES)
+        audio = soxr.resample(np.asarray(speech, np.float32), rate, SAMPLE_RATE)
+        noise_level = 10 ** rng.uniform(-4.5, -2.3)
+        noise = np.random.default_rng(i).normal(0, noise_level, len(audio))
+        audio = rng.uniform(0.3, 1) * audio + noise.astype(np.float32)
+        save_audio(args.output_dir / f"{i:05}.flac", audio)
+        rows.append({"wav": f"{i:05}.flac", "txt": text})
+    write_manifest(args.output_dir / "manifest.jsonl", rows)
+
+
+COMMANDS = {
+    "select": (SelectArguments, select),
+    "speed": (SpeedArguments, speed),
+    "write": (WriteArguments, write),
+    "speak": (SpeakArguments, speak),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    given = sys.argv[1:] if argv is None else argv
+    names = ", ".join(COMMANDS)
+    if not given:
+        raise InputError(f"wanted one of {names}: python -m experiments.augment NAME --help")
+    name, *arguments = given
+    if name not in COMMANDS:
+        raise InputError(f"wanted one of {names}, got {name!r}")
+    arguments_class, command = COMMANDS[name]
+    command(parse_arguments(arguments_class, arguments))
+
+
+if __name__ == "__main__":
+    run_command(main)

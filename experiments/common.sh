@@ -1,0 +1,38 @@
+# Sourced by results.sh and rows.sh, with $train, $dev and $out set: makes $out/train.jsonl,
+# $out/dev.jsonl and every fifth line of it, $out/dev-fifth.jsonl, with lower-case transcripts, and
+# defines what trains and recognises. What is there already is not made again.
+
+source demo/environment.sh requirements.txt demo/requirements.txt tools/requirements.txt
+python=.venv/bin/python
+mkdir -p "$out"
+
+select_lower() { # IN, OUT, more flags
+    [ -e "$2" ] || $python -m experiments.augment select \
+        --data_path "$1" --output_path "$2" "${@:3}"
+}
+
+select_lower "$train" "$out/train.jsonl"
+select_lower "$dev" "$out/dev.jsonl"
+select_lower "$out/dev.jsonl" "$out/dev-fifth.jsonl" --every 5
+
+copy_at_speeds() { # FOLDER, factors
+    [ -e "$1/manifest.jsonl" ] || $python -m experiments.augment speed \
+        --data_path "$out/train.jsonl" --output_dir "$1" --factors "${@:2}"
+}
+
+train() { # OUTPUT_DIR, LLM, WHISPER, flags
+    [ ! -e "$1/model.safetensors" ] || return 0
+    echo "== $1: training"
+    $python train.py --output_dir "$1" --llm_model_name_or_path "$2" \
+        --whisper_model_name_or_path "$3" --encoder_cache "$out/encoded" --bf16 True \
+        --per_device_train_batch_size 16 --per_device_eval_batch_size 20 --learning_rate 1e-3 \
+        --warmup_ratio 0.03 --dataloader_num_workers 1 --logging_steps 50 --report_to none "${@:4}"
+}
+
+evaluate_fifth=(--eval_data_path "$out/dev-fifth.jsonl" --eval_strategy steps --eval_hypotheses 100)
+
+recognize() { # OUTPUT_DIR, widths of the beam
+    $python recognize.py --projector_model_path "$1/model.safetensors" --bf16 True \
+        --encoder_cache "$out/encoded" --data_path "$out/dev.jsonl" \
+        --result_path "$1/dev.jsonl" --num_beams "${@:2}"
+}

@@ -1,0 +1,28 @@
+"""What this machine computes fast."""
+
+import warnings
+
+import torch
+
+
+def choose_bf16(wanted: bool) -> bool:
+    """Whether to compute in bfloat16: if wanted, and this machine does not have to emulate it.
+
+    A CPU without AVX512-BF16 or AMX does. oneDNN knows what DNNL_MAX_CPU_ISA leaves of them.
+    """
+    native = torch.cpu._is_avx512_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if wanted and not native and not torch.accelerator.is_available():
+        warnings.warn(
+            "this processor emulates bfloat16, which is about 100 times slower: "
+            "computing in float32",
+            stacklevel=2,
+        )
+        return False
+    return wanted
+
+
+def choose_attention(bf16: bool, training: bool) -> str | None:
+    """The LLM's implementation of attention for transformers; None is its default, sdpa."""
+    if training and bf16 and not torch.accelerator.is_available():
+        return "eager"  # sdpa's backward in bfloat16 is slow on CPUs, its forward is fast
+    return None

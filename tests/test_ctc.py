@@ -1,0 +1,121 @@
+"""CTC against alignments that are written out."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+
+import ctc
+
+BLANK = 0
+# how "go", g = 1 and o = 2, can be spoken in three positions
+ALIGNMENTS_OF_GO = [
+    (0, 1, 2),
+    (1, 0, 2),
+    (1, 1, 2),
+    (1, 2, 0),
+    (1, 2, 2),
+]
+
+
+def make_embeddings(classes):
+    torch.manual_seed(0)
+    return nn.Embedding(classes, 8).requires_grad_(False)
+
+
+def make_audio(length):
+    torch.manual_seed(length)
+    return torch.randn(length, 8, requires_grad=True)
+
+
+def collapse(alignment):
+    """What is said in an alignment: repeats are one, and blanks are nothing."""
+    said = []
+    last = BLANK
+    for token in alignment:
+        if token not in (BLANK, last):
+            said.append(token)
+        last = token
+    return said
+
+
+def sum_alignments(audio, alignments, embeddings):
+    """-log of the sum of the alignments' probabilities, each a product over positions."""
+    probabilities = (audio @ embeddings.weight.T).softmax(-1)
+    total = torch.tensor(0.0)
+    for alignment in alignments:
+        positions = range(len(alignment))
+        steps = probabilities[positions, list(alignment)]
+        total = total + steps.prod()
+    return -total.log()
+
+
+def loss_of(audio, targets, classes=4, blank_id=BLANK, **options):
+    embeddings = make_embeddings(classes)
+    targets = [torch.tensor(x, dtype=torch.long) for x in targets]
+    return ctc.ctc_loss(audio, targets, embeddings, blank_id, scale=1.0, **options)
+
+
+def test_the_loss_of_go_and_its_gradient_are_those_of_its_five_alignments():
+    audio = make_audio(3)
+    wanted = sum_alignments(audio, ALIGNMENTS_OF_GO, make_embeddings(4))
+    [loss] = loss_of([audio], [[1, 2]])
+    assert torch.allclose(loss, wanted, rtol=1e-5)
+    [gradient] = torch.autograd.grad(loss, audio)
+    [wanted] = torch.autograd.grad(wanted, audio)
+    assert torch.allclose(gradient, wanted, atol=1e-5)
+
+
+def test_losses_of_a_padded_batch_are_sums_over_all_alignments():
+    audio = [make_audio(length) for length in (5, 5, 4, 3)]
+    targets = [[1, 1], [3, 3, 2], [], [1, 2]]
+    for target, positions, loss in zip(targets, audio, loss_of(audio, targets)):
+        every = product(range(4), repeat=len(positions))
+        alignments = [x for x in every if collapse(x) == target]
+        wanted = sum_alignments(positions, alignments, make_embeddings(4))
+        assert torch.allclose(loss, wanted, rtol=1e-4)
+        # one audio may have many targets, the hypotheses of a beam
+        _, again = loss_of([positions], [[3], target])
+        assert torch.allclose(loss, again)
+    assert alignments == ALIGNMENTS_OF_GO
+
+
+@pytest.mark.parametrize("target", [[1, 2, 3], [1, 1]])
+def test_what_cannot_have_been_said_is_infinite_or_without_a_gradient(target):
+    audio = [make_audio(2), make_audio(3)]
+    assert loss_of(audio, [target, [1]]).isinf().tolist() == [True, False]
+    losses = loss_of(audio, [target, [1]], zero_infinity=True)
+    assert losses[0] == 0
+    impossible, possible = torch.autograd.grad(losses.sum(), audio)
+    assert not impossible.any()
+    assert possible.any()
+
+
+def test_of_a_large_vocabulary_common_tokens_the_blank_and_the_targets_count(monkeypatch):
+    audio = make_audio(4)
+    vocabulary = {"classes": 50, "blank_id": 45}
+    every = loss_of([audio], [[1, 40]], **vocabulary)
+    monkeypatch.setattr(ctc, "COMMON_TOKENS", 10)
+    few = loss_of([audio], [[1, 40]], **vocabulary)
+    assert every > few + 0.1
+    # the same as with a vocabulary that has no other tokens
+    monkeypatch.undo()
+    small = make_embeddings(12)
+    classes = [45, *range(10), 40]
+    small.weight.data = make_embeddings(50).weight[classes]
+    target = torch.tensor([2, 11])
+    alone = ctc.ctc_loss([audio], [target], small, blank_id=0, scale=1.0)
+    assert torch.allclose(few, alone, rtol=1e-5)
+
+
+def test_positions_near_the_blank_are_dropped_whatever_their_length():
+    angles = torch.tensor([0, 0.6, 0.9, 3.1])  # cosines of 1, 0.83, 0.62 and -1
+    lengths = torch.tensor([1, 10, 0.5, 9])
+    positions = torch.stack([lengths * angles.cos(), lengths * angles.sin()], dim=1)
+    blank = torch.tensor([2.0, 0.0])
+    kept = ctc.drop_blanks([positions, positions[:2]], blank, threshold=0.7)
+    assert torch.equal(kept[0], positions[2:])
+    assert len(kept[1]) == 0
+    [kept] = ctc.drop_blanks([positions], blank, threshold=0.9)
+    assert torch.equal(kept, positions[1:])

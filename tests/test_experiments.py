@@ -1,0 +1,200 @@
+"""The experiments and the measurements of bench/, on tiny models."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import soundfile
+import tiny
+import torch
+
+from bench import memory, speed, startup
+from command import InputError
+from experiments import ablate, augment, ctc_probe, long_audio
+from loading import read_config
+from manifest import read_manifest
+
+
+def read_lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def read_cells(table):
+    """The cells of a Markdown table's rows by their first cell."""
+    rows = {}
+    for line in table.splitlines():
+        if line.startswith("|"):
+            first, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+            rows[first] = cells
+    return rows
+
+
+@pytest.fixture
+def inputs(projector, paths):
+    return ["--projector_model_path", projector, "--data_path", paths.manifest]
+
+
+@pytest.fixture
+def training(paths, tmp_path):
+    """Arguments of train.py for two steps and two evaluations."""
+    models = f"--llm_model_name_or_path {paths.qwen} --whisper_model_name_or_path {paths.whisper}"
+    data = f"--data_path {paths.manifest} --eval_data_path {paths.manifest}"
+    evaluation = "--eval_strategy steps --eval_steps 1 --eval_hypotheses 2"
+    rest = f"--max_steps 2 --report_to none --output_dir {tmp_path}/out"
+    return f"{models} {data} {evaluation} {rest}".split()
+
+
+def test_an_ablation_trains_with_the_given_config_and_writes_its_curve(training, tmp_path):
+    ablate.main(["blank_threshold=2", "hidden_dim=64", "prompt=Say = it", "--", *training])
+    rows = read_cells((tmp_path / "out/curve.md").read_text())
+    assert list(rows) == ["utterances", "---", "8", "16"]
+    assert rows["utterances"] == ["loss", "listening gap", "WER %"]
+    config = read_config(tmp_path / "out/model.safetensors")
+    assert (config.blank_threshold, config.hidden_dim) == (2, 64)
+    assert config.prompt == "Say = it"
+
+
+def test_a_model_that_is_shown_no_audio_has_no_listening_gap(training, tmp_path):
+    gaps = []
+    for threshold in (2, -2):  # no cosine is 2 or more, and all are -2 or more
+        folder = tmp_path / str(threshold)
+        given = [f"blank_threshold={threshold}", "--", *training]
+        ablate.main([*given, "--output_dir", str(folder)])
+        rows = read_cells((folder / "curve.md").read_text())
+        gaps.append(float(rows["16"][1]))
+    assert gaps[0] != 0
+    assert gaps[1] == 0
+
+
+def test_an_ablation_refuses_what_makes_no_curve(training):
+    all_fields = "prompt, stride, hidden_dim, blank_threshold, ctc_sharpness"
+    with pytest.raises(InputError, match=all_fields):
+        ablate.main(["blank=2", "--", *training])
+    with pytest.raises(InputError, match="of type int"):
+        ablate.main(["hidden_dim=wide", "--", *training])
+    with pytest.raises(InputError, match="wanted a --"):
+        ablate.main(training)
+    with pytest.raises(InputError, match="steps or epoch"):
+        ablate.main(["--", *training, "--eval_strategy", "no"])
+
+
+def test_greedy_ctc_merges_repetitions_and_drops_blanks():
+    embeddings = torch.eye(4)
+    heard = embeddings[[3, 3, 0, 3, 1, 1, 2, 0]]
+    tokens = ctc_probe.decode_greedily(heard, embeddings, blank_id=0)
+    assert tokens.tolist() == [3, 3, 1, 2]
+
+
+def test_the_probe_scores_and_counts_what_has_no_room(projector, capsys, tmp_path):
+    texts = ["go", "up" * 9]  # 18 tokens in 7 positions
+    manifest = str(tiny.make_manifest(tmp_path, texts))
+    ctc_probe.main(["--projector_model_path", projector, "--data_path", manifest])
+    first, second, *table, count = capsys.readouterr().out.splitlines()
+    assert first.startswith("go | ")
+    assert second.startswith(f"{texts[1]} | ")
+    assert table[0].startswith("| WER % | ")
+    assert count.startswith("1 of 2 transcripts")
+
+
+def test_utterances_are_joined_until_they_are_long_enough(paths):
+    utterances = read_manifest([paths.manifest])  # 0.5 s, 0.63 s and so on
+    joined = long_audio.join(utterances, seconds=4.0)
+    assert [x.text for x in joined] == ["go no up left", "on ten in", "red"]
+    assert joined[2].duration == pytest.approx(0.5 + 7 * 0.13 + 0.5, abs=0.01)  # and silence
+    assert len(joined[2].samples) == round(joined[2].duration * 16_000)
+
+
+def test_long_audio_is_scored_as_a_whole_and_in_pieces(inputs, capsys):
+    long_audio.main([*inputs, "--seconds", "40"])
+    rows = read_cells(capsys.readouterr().out)
+    # under 30 s the whole is one piece
+    assert rows["as a whole"] == rows["in pieces"]
+    assert rows["in pieces"][-1] == "1"  # recording
+
+
+def test_transcripts_become_lower_case_words_and_some_are_left_out(tmp_path):
+    texts = ["Philip dropped -- IT'S mine, 2!", "2, 3", "Yes.", "No, no.", "long"]
+    manifest = tiny.make_manifest(tmp_path, texts, longer=0.3)  # 0.5 s to 1.7 s
+    out = tmp_path / "out.jsonl"
+    command = ["select", "--data_path", str(manifest), "--output_path", str(out)]
+    augment.main([*command, "--longest", "1.5"])
+    rows = read_lines(out)
+    assert [row["txt"] for row in rows] == ["philip dropped it's mine", "yes", "no no"]
+    assert rows[1]["wav"] == str(tmp_path / "2.wav")
+    augment.main([*command, "--every", "2", "--lower", "False"])
+    assert [row["txt"] for row in read_lines(out)] == [texts[0], texts[3]]
+
+
+def test_copies_are_faster_and_slower(paths, tmp_path):
+    command = ["speed", "--data_path", paths.manifest, "--output_dir", str(tmp_path)]
+    augment.main([*command, "--factors", "0.8", "1.25"])
+    rows = read_lines(tmp_path / "manifest.jsonl")
+    assert [row["txt"] for row in rows[::2]] == tiny.TEXTS
+    slow, fast = [soundfile.info(tmp_path / row["wav"]).duration for row in rows[:2]]
+    assert slow == pytest.approx(0.5 / 0.8, abs=0.01)
+    assert fast == pytest.approx(0.5 / 1.25, abs=0.01)
+
+
+def test_sentences_are_found_in_what_an_llm_writes():
+    story = 'Tom said: "Go home!" He went. Why? In 1990 it rained. ' + "So " * 13 + "on."
+    assert augment.find_sentences(story) == ["go home", "he went"]
+
+
+def test_sentences_and_numbers_are_spoken(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("good night\n")
+    command = ["speak", "--text_path", str(text), "--output_dir", str(tmp_path)]
+    augment.main([*command, "--numbers", "1"])
+    sentence, number = read_lines(tmp_path / "manifest.jsonl")
+    assert sentence["txt"] == "good night"
+    assert set(number["txt"].split()) <= set(augment.DIGITS)
+    audio, rate = soundfile.read(tmp_path / sentence["wav"])
+    assert 0.3 < len(audio) / rate < 10
+    assert abs(audio).max() > 0.05
+
+
+def test_padding_is_what_shorter_utterances_lack(paths, tmp_path):
+    wav = str(Path(paths.manifest).with_name("0.wav"))
+    manifest = tmp_path / "manifest.jsonl"
+    with manifest.open("w") as file:
+        for seconds in (1, 4, 1, 4):
+            print(json.dumps({"wav": wav, "txt": "go", "duration": seconds}), file=file)
+    args = startup.Arguments("unused", [str(manifest)], batch_size=2)
+    assert read_cells(startup.measure_padding(args))["by length"] == ["0.0 %"]
+    args.batch_size = 4  # 10 s in four rows of 4 s
+    assert read_cells(startup.measure_padding(args))["at random"] == ["37.5 %"]
+
+
+def test_both_flows_train_and_decode(inputs, capsys):
+    sizes = ["--rounds", "1", "--batches", "2", "--batch_size", "2", "--num_beams", "2"]
+    speed.main([*inputs, *sizes, "--parts", "training", "decoding"])
+    training, decoding = capsys.readouterr().out.split("limit: ")
+    rows = read_cells(training)
+    assert float(rows["ours, CTC and LLM"][1]) > 1  # times the reference
+    assert rows["ours, CTC alone"][2] == "0"  # positions that the LLM reads
+    rows = read_cells(decoding)
+    assert int(rows["reference"][2]) == int(rows["ours"][2]) > 1  # tokens
+
+
+def test_memory_is_computed_for_known_models():
+    lines = memory.make_table().splitlines()
+    [line] = [x for x in lines if x.startswith("| Qwen2-7B | large-v3 |")]
+    sizes = [float(cell) for cell in line.strip("| ").split("|")[3:]]
+    # 7.62e9 parameters of the LLM in bfloat16, 6.4e8 of the encoder in float32
+    assert 15 < sizes[0] < 18
+    assert sorted(sizes, reverse=True) == sizes
+
+
+def test_memory_is_measured_in_each_process(training, monkeypatch):
+    monkeypatch.setattr(memory, "SETUPS", {"2, ZeRO-3": memory.SETUPS["2, ZeRO-3"]})
+    rows = read_cells(memory.measure(training))
+    for cell in rows["2, ZeRO-3"]:
+        sizes = [float(size) for size in cell.split(", ")]
+        assert len(sizes) == 2
+        assert min(sizes) > 0.1
+
+
+def test_scripts_have_no_mistakes_of_syntax():
+    for script in Path(ablate.__file__).parent.glob("*.sh"):
+        subprocess.run(["bash", "-n", script], check=True)

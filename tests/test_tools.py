@@ -1,0 +1,330 @@
+"""The commands in tools/: transcribe, score, whisper_baseline, prepare, plot."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from whisper.audio import N_SAMPLES
+
+import scoring
+from command import InputError
+from data import load_audio
+from loading import load
+from manifest import read_manifest
+from recognize import recognize
+from tools import plot, prepare, score, whisper_baseline
+from tools import transcribe as tool
+from tools.transcribe import transcribe
+
+ROOT = Path(__file__).parents[1]
+
+
+def write_results(path, *results):
+    lines = [json.dumps({"wav": "a.wav", "duration": 2.0, **result}) for result in results]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def read_results(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read_table(printed, tmp_path):
+    path = tmp_path / "printed.md"
+    path.write_text(printed, encoding="utf-8")
+    return plot.read_table(path)
+
+
+def make_sound(path, pitch=300):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return str(tiny.make_sound(path, 0.1, pitch))
+
+
+@pytest.fixture(scope="module")
+def model(projector):
+    return load(projector)
+
+
+def test_texts_are_those_of_recognize_in_the_order_given(paths, model):
+    utterances = read_manifest([paths.manifest])
+    for _ in recognize(model.eval(), utterances, [2], 3):
+        pass
+    utterances.reverse()
+    files = [x.path for x in utterances]
+    wanted = [x.hypotheses[2] for x in utterances]
+    assert transcribe(model, files, 2, 3) == wanted
+    waveforms = [torch.tensor(load_audio(file)) for file in files]
+    assert transcribe(model, waveforms, 2, 8) == wanted
+    assert transcribe(model, []) == []
+
+
+@pytest.mark.parametrize(
+    "audio, reason",
+    [
+        (np.full(8000, np.nan), "no numbers"),
+        (np.zeros((2, 8000)), r"one row of floats.* got float64 of shape \(2, 8000\)"),
+        (np.zeros(8000, np.int16), "got int16"),
+    ],
+)
+def test_what_is_no_waveform_is_refused_with_its_index(model, audio, reason):
+    with pytest.raises(InputError, match=f"audio 1 .*{reason}"):
+        transcribe(model, [np.zeros(8000), audio])
+
+
+def test_long_audio_is_cut_in_its_silences_and_nothing_is_lost(model):
+    noise = np.random.default_rng(0).normal(size=70 * 16_000)
+    for start in (112_000, 158_400, 240_000):  # the second silence is not wholly within 10 s
+        noise[start : start + 4800] = 0
+    pieces = [*tool.split(noise)]
+    assert np.array_equal(np.concatenate(pieces), noise)
+    lengths = [len(piece) for piece in pieces]
+    assert 112_000 < lengths[0] < 116_800
+    assert 240_000 < lengths[0] + lengths[1] < 244_800
+    assert max(lengths) <= 160_000
+    [_] = tool.split(noise[:N_SAMPLES])  # up to 30 s it is whole
+    [text] = transcribe(model, [noise], 1)
+    texts = transcribe(model, pieces, 1)
+    assert text == " ".join(x for x in texts if x)
+    assert len(transcribe(model, [np.zeros(16_000), np.zeros(1)], 2)) == 2
+
+
+def test_files_and_folders_are_printed_with_their_texts(projector, model, tmp_path):
+    folder = tmp_path / "folder"
+    files = [str(tmp_path / "c.wav"), str(folder / "a.wav"), str(folder / "deep" / "b.flac")]
+    for file, pitch in zip(files, (200, 600, 1800)):
+        make_sound(file, pitch)
+    (folder / "notes.txt").write_text("no audio")
+    command = [sys.executable, "-m", "tools.transcribe", "--projector_model_path", projector]
+    command += ["--num_beams", "2", "--wav", files[0], str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    texts = transcribe(model, files, 2)
+    lines = map("\t".join, zip(files, texts))
+    assert done.stdout.splitlines() == list(lines)
+
+
+def test_groups_keep_the_order_and_hold_half_an_hour(monkeypatch):
+    durations = {"a": 1000, "b": 800, "long": 9000, "d": 1}
+    monkeypatch.setattr(tool, "read_duration", lambda path: durations[path.name])
+    assert tool.make_groups([*durations]) == [["a", "b"], ["long"], ["d"]]
+
+
+def test_missing_audio_is_named_before_models_load(tmp_path):
+    command = ["--projector_model_path", "none.safetensors", "--wav"]
+    with pytest.raises(InputError, match="no such file or folder: .*missing.wav"):
+        tool.main([*command, str(tmp_path / "missing.wav")])
+    with pytest.raises(InputError, match=f"no audio in {tmp_path}; wanted .wav"):
+        tool.main([*command, str(tmp_path)])
+    (tmp_path / "text.wav").write_text("no audio")
+    with pytest.raises(InputError, match="text.wav cannot be read as audio"):
+        tool.main([*command, str(tmp_path)])
+
+
+def test_results_have_a_row_each_and_keep_their_rates(tmp_path, capsys):
+    refusal = "I apologize, but it appears that there is no speech to transcribe"
+    first = {"txt": "go on", "hyp": "go on"}
+    second = {"txt": "go on", "hyp": refusal, "duration": 9.0}
+    untranscribed = {"txt": None, "hyp": "x", "id": 7}
+    a = write_results(tmp_path / "a.jsonl", first, second, untranscribed)
+    b = write_results(tmp_path / "b.jsonl", first)
+    score.main(["--result_path", str(a), str(b)])
+    printed = capsys.readouterr().out
+    rows = read_table(printed, tmp_path)
+    assert [row["result"] for row in rows] == [str(a), str(b)]
+    # 12 words for 2: 2 substituted and 10 inserted, of 4 words in all
+    assert [row["WER %"] for row in rows] == ["300.00", "0.00"]
+    assert [row["WER % filtered"] for row in rows] == ["0.00", "0.00"]
+    assert f"{a}: a.wav: refusal: go on | {refusal}" in printed.splitlines()
+    scored = read_results(a)
+    assert [x["rate"] for x in scored[:2]] == [0, 600]
+    assert [x["hallucination"] for x in scored[:2]] == [None, "refusal"]
+    assert scored[2] == {"wav": "a.wav", "duration": 2.0, **untranscribed}
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    "flags, head, rate",
+    [
+        ([], "WER %", "50.00"),  # the basic normaliser keeps the accent
+        (["--normalizer", "english"], "WER %", "0.00"),
+        (["--metric", "CER", "--normalizer", "none"], "CER %", "33.33"),  # C and é of 6 letters
+    ],
+)
+def test_metric_and_normaliser_can_be_given(tmp_path, capsys, flags, head, rate):
+    path = write_results(tmp_path / "a.jsonl", {"txt": "Café au", "hyp": "cafe au"})
+    score.main(["--result_path", str(path), *flags])
+    [row] = read_table(capsys.readouterr().out, tmp_path)
+    assert row[head] == rate
+
+
+def test_results_that_call_for_different_scores_are_left_as_they_are(tmp_path):
+    english = write_results(tmp_path / "english.jsonl", {"txt": "go on", "hyp": "go"})
+    chinese = write_results(tmp_path / "chinese.jsonl", {"txt": "今天", "hyp": "今"})
+    french = write_results(tmp_path / "french.jsonl", {"txt": "l'été", "hyp": "l'ete"})
+    before = english.read_text()
+    with pytest.raises(InputError, match="english.jsonl calls for WER, .*chinese.jsonl for CER"):
+        score.report([english, chinese])
+    with pytest.raises(InputError, match="french.jsonl for basic: .*--normalizer"):
+        score.report([english, french])
+    assert english.read_text() == before
+    assert "| CER % |" in score.report([english, chinese], "CER", "basic")
+
+
+@pytest.mark.parametrize(
+    "key, value, wanted",
+    [
+        ("hyp", None, "a text, got null"),
+        ("txt", 5, "a text, got 5"),
+        ("wav", None, "a text, got null"),
+        ("duration", None, "a positive number of seconds, got null"),
+        ("duration", "7", 'a positive number of seconds, got "7"'),
+    ],
+)
+def test_what_is_no_result_is_refused_by_file_and_line(tmp_path, key, value, wanted):
+    good = {"txt": "go", "hyp": "go"}
+    path = write_results(tmp_path / "a.jsonl", good, {**good, key: value})
+    with pytest.raises(InputError, match=f'a.jsonl:2: "{key}" must be {wanted}'):
+        score.report([path])
+
+
+def test_whisper_decodes_the_same_manifest_beside_ours(paths, tmp_path, monkeypatch, capsys):
+    decode = Mock(return_value="go")
+    monkeypatch.setattr(whisper_baseline, "decode", decode)
+    ours = write_results(tmp_path / "ours.jsonl", {"txt": "go", "hyp": "go"})
+    out = tmp_path / "new" / "whisper.jsonl"
+    command = ["--whisper_model_name_or_path", paths.whisper, "--data_path", paths.manifest]
+    command += ["--language", "de", "--result_path", str(out), "--beside", str(ours)]
+    whisper_baseline.main(command)
+    assert decode.call_args.args[2:] == ("de", 5)
+    heard = [len(call.args[1]) / 16_000 for call in decode.call_args_list]
+    results = read_results(out)
+    assert [x["duration"] for x in results] == pytest.approx(heard, abs=0.01)
+    assert [x["txt"] for x in results] == tiny.TEXTS
+    table = read_table(capsys.readouterr().out, tmp_path)
+    assert [row["result"] for row in table] == [str(out), str(ours)]
+    assert [row["WER %"] for row in table] == ["87.50", "0.00"]  # one of eight texts is "go"
+
+
+def test_audio_over_30_s_goes_through_whispers_windows():
+    whisper = Mock(device=torch.device("cpu"), dims=Mock(n_mels=80))
+    whisper.decode.return_value.text = " short "
+    whisper.transcribe.return_value = {"text": " window by window"}
+    audio = np.zeros(N_SAMPLES + 1, np.float32)
+    assert whisper_baseline.decode(whisper, audio[1:], "en", 5) == "short"
+    mel, options = whisper.decode.call_args.args
+    assert mel.shape == (80, 3000)
+    assert options.beam_size == 5
+    assert whisper_baseline.decode(whisper, audio, "en", 1) == "window by window"
+    assert whisper.transcribe.call_args.kwargs["beam_size"] is None
+
+
+def run_prepare(folder, corpus, *flags):
+    """The rows of the manifest, which train.py can read."""
+    out = folder / "out" / "m.jsonl"
+    command = ["--corpus", corpus, "--folder", str(folder), "--manifest", str(out)]
+    prepare.main([*command, *flags])
+    return [x.row for x in read_manifest([str(out)])]
+
+
+def test_a_librispeech_tree_becomes_a_manifest(tmp_path, capsys):
+    chapter = tmp_path / "train" / "19" / "198"
+    first = make_sound(chapter / "19-198-0000.flac")
+    second = make_sound(chapter / "19-198-0001.flac")
+    make_sound(chapter / "19-198-0002.flac")
+    (chapter / "19-198.trans.txt").write_text("19-198-0001 GO ON\n19-198-0000 STOP\nX Y\n")
+    assert run_prepare(tmp_path, "librispeech", "--part", "train") == [
+        {"wav": first, "txt": "stop", "key": "19-198-0000"},
+        {"wav": second, "txt": "go on", "key": "19-198-0001"},
+    ]
+    assert "1 files without text, 1 texts without audio" in capsys.readouterr().out
+
+
+def test_an_aishell_tree_becomes_a_manifest_of_each_part(tmp_path):
+    wav = make_sound(tmp_path / "wav" / "dev" / "S1" / "B1.wav")
+    make_sound(tmp_path / "wav" / "test" / "S2" / "B2.wav")
+    text = tmp_path / "transcript" / "aishell_transcript_v0.8.txt"
+    text.parent.mkdir()
+    text.write_text("B1 广州 市 房地产\nB2 一 个\nB3 无\n", encoding="utf-8")
+    rows = run_prepare(tmp_path, "aishell", "--part", "dev")
+    assert rows == [{"wav": wav, "txt": "广州市房地产", "key": "B1"}]
+
+
+def test_a_kaldi_folder_becomes_a_manifest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # paths in wav.scp are relative to it
+    wav = make_sound(tmp_path / "a b.wav")
+    (tmp_path / "wav.scp").write_text("u1 a b.wav\nu2 missing.wav\n")
+    (tmp_path / "text").write_text("u1 It's ON\nu2 off\n")
+    rows = run_prepare(tmp_path, "kaldi")
+    assert rows == [{"wav": wav, "txt": "It's ON", "key": "u1"}]
+    [row] = run_prepare(tmp_path, "kaldi", "--lower_case", "True")
+    assert row["txt"] == "it's on"
+
+
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        (["kaldi", "--part", "missing"], "no such folder: .*missing"),
+        (["kaldi"], "wav.scp: u1 has a command, not a file"),
+        (["librispeech"], r"no utterance has audio and text \(0 audio files, 0 texts\)"),
+        (["aishell"], "--corpus aishell needs --part"),
+        (["aishell", "--part", "dev"], "cannot read .*aishell_transcript_v0.8.txt"),
+    ],
+)
+def test_what_is_no_such_corpus_is_refused(tmp_path, flags, reason):
+    (tmp_path / "wav.scp").write_text("u1 flac -d a.flac |\n")
+    with pytest.raises(InputError, match=reason):
+        run_prepare(tmp_path, *flags)
+
+
+def write_state(folder, logs, steps):
+    folder.mkdir()
+    state = {"train_batch_size": 4, "global_step": steps, "log_history": logs}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    return str(folder)
+
+
+def test_phases_of_a_training_are_one_line_over_all_utterances(tmp_path):
+    first = {"step": 5, "eval_loss": 3, "eval_listening_gap": 1}
+    second = {"step": 10, "eval_loss": 2, "eval_WER %": 90}
+    a = write_state(tmp_path / "a", [first, second], 11)
+    b = write_state(tmp_path / "b", [first], 10)
+    runs = [plot.read_run(f"{b}:64"), plot.read_run(f"{a}+{b}:2")]
+    loss, gap, rate = plot.draw_runs(runs).axes
+    alone, joined = loss.lines[:2]
+    assert [*alone.get_xdata()] == [320]
+    assert [*joined.get_xdata()] == [20, 40, 54]  # its second phase begins at 44
+    assert [*joined.get_ydata()] == [3, 2, 3]
+    assert [*gap.lines[1].get_xdata()] == [20, 54]
+    assert [*rate.lines[0].get_xdata()] == [40]
+    assert rate.lines[0].get_color() == joined.get_color()
+    plot.main(["--output", str(tmp_path / "new" / "curves.png"), "--runs", a, b])
+    assert (tmp_path / "new" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_beams_are_drawn_from_the_printed_table(tmp_path):
+    path = tmp_path / "table.md"
+    one = {"beam": 1, "WER %": 12.5, "RTF": "0.1"}
+    ten = {"beam": 10, "WER %": 11, "RTF": "0.3"}
+    path.write_text(scoring.format_report([one, ten], [], "WER", "basic"))
+    rate, factor = plot.draw_table(path).axes
+    assert [*rate.lines[0].get_xdata()] == [1, 10]
+    assert [*rate.lines[0].get_ydata()] == [12.5, 11]
+    assert [*factor.lines[0].get_ydata()] == [0.1, 0.3]
+
+
+def test_what_cannot_be_drawn_is_named(tmp_path):
+    silent = write_state(tmp_path / "silent", [{"step": 1, "loss": 2.0}], 1)
+    with pytest.raises(InputError, match="silent: nothing was evaluated"):
+        plot.read_run(silent)
+    with pytest.raises(InputError, match="cannot read .*trainer_state.json"):
+        plot.read_run(str(tmp_path))
+    results = tmp_path / "results.md"
+    results.write_text(scoring.format_table([{"result": "a", "WER %": 1}]))
+    with pytest.raises(InputError, match="no numbers in a column 'beam'"):
+        plot.draw_table(results)
