@@ -181,8 +181,12 @@ class RecognitionArguments(ScoringArguments):
         check_not_negative("num_workers", self.num_workers)
         if self.max_new_tokens is not None:
             check_positive("max_new_tokens", self.max_new_tokens)
-        if self.result_path.is_dir():
-            raise InputError(f"--result_path must be a file, got the folder {self.result_path}")
+        check_result_path(self.result_path)
+
+
+def check_result_path(path: Path) -> None:
+    if path.is_dir():
+        raise InputError(f"--result_path must be a file, got the folder {path}")
 
 
 def check_not_negative(flag: str, value: float) -> None:

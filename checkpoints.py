@@ -40,8 +40,9 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
         )
     if processes != args.world_size:
         warnings.warn(
-            f"{checkpoint} is of {found}, and this run is of {here}: it goes on as before only if "
-            "processes x --per_device_train_batch_size x --gradient_accumulation_steps is the same",
+            f"{checkpoint} is of {found}, and this run is of {here}: it goes on as before "
+            "only if processes x --per_device_train_batch_size x "
+            "--gradient_accumulation_steps is the same",
             stacklevel=2,
         )
     return checkpoint

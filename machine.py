@@ -3,6 +3,12 @@
 import warnings
 
 import torch
+from accelerate import PartialState
+
+
+def get_process() -> PartialState:
+    """This process among those of the run, with its device; the CPU if there is no accelerator."""
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def choose_bf16(wanted: bool) -> bool:

@@ -75,9 +75,8 @@ def parse_line(line: bytes, folder: Path, need_text: bool) -> Utterance:
     duration = row.get("duration")
     if duration is None:
         duration = read_duration(path)
-    elif type(duration) not in (int, float) or not 0 < duration < LONGEST:
-        wanted = '"duration" must be a positive number of seconds'
-        raise InputError(f"{wanted}, got {show(duration)}")
+    else:
+        check_duration(duration)
     return Utterance(str(path), max(round(duration, 2), 0.01), text, row)
 
 
@@ -112,6 +111,13 @@ def check_text(text, need_text: bool) -> None:
     except UnicodeEncodeError as error:
         code = text[error.start].encode("unicode_escape").decode()
         raise InputError(f'"txt" has {code} alone, which is half a character') from None
+
+
+def check_duration(duration) -> None:
+    """InputError if it is no number of seconds that audio may have."""
+    if type(duration) not in (int, float) or not 0 < duration < LONGEST:
+        wanted = '"duration" must be a positive number of seconds'
+        raise InputError(f"{wanted}, got {show(duration)}")
 
 
 def read_duration(path: Path) -> float:

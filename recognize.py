@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import tqdm
 from torch.utils.data import DataLoader
 
@@ -22,6 +22,7 @@ import scoring
 from arguments import RecognitionArguments
 from command import InputError, parse_arguments, run_command
 from loading import load
+from machine import get_process
 from manifest import Utterance, read_manifest
 from model import SpeechLLM
 
@@ -95,7 +96,7 @@ def write_results(path: Path, results: list[dict], mode: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(RecognitionArguments, argv)
     utterances = read_manifest(args.data_path, need_text=False)
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = get_process()
     paths = result_paths(args.result_path, args.num_beams)
     # hypotheses as they come, which are left where the run is stopped
     parts = {beams: path.with_name(f"{path.name}.part") for beams, path in paths.items()}
@@ -123,10 +124,13 @@ def main(argv: list[str] | None = None) -> None:
         table, dropped = [], []
         for beams, path in paths.items():
             results = [make_result(x, beams) for x in utterances]
+            scored = []
             for result in results:
-                hypothesis, duration = result["hyp"], result["duration"]
-                result["hallucination"] = scoring.find_hallucination(hypothesis, duration)
-            scored = [x for x in results if x.get("txt") is not None]
+                if result.get("txt") is None:
+                    reason = scoring.find_hallucination(result["hyp"], result["duration"])
+                    result["hallucination"] = reason
+                else:
+                    scored.append(result)  # `score` finds theirs
             if scored:
                 metric, normalizer = scoring.choose_metric(scored, args.metric, args.normalizer)
                 cells = scoring.score(scored, metric, normalizer)

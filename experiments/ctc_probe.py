@@ -14,7 +14,6 @@ They are counted, and many of them call for a smaller --stride.
 from dataclasses import dataclass
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -23,8 +22,10 @@ from transformers.hf_argparser import HfArg
 
 from command import parse_arguments, run_command
 from loading import load
+from machine import get_process
 from manifest import read_manifest
 from model import list_answers
+from recognize import make_result
 from scoring import choose_metric, format_table, score
 
 SHOWN = 8  # utterances whose hypotheses are printed
@@ -48,7 +49,7 @@ def decode_greedily(positions: Tensor, embeddings: Tensor, blank_id: int) -> Ten
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(Arguments, argv)
     utterances = read_manifest(args.data_path)
-    device = PartialState(cpu=not torch.accelerator.is_available()).device
+    device = get_process().device
     model = load(args.projector_model_path).to(device).eval()
     vocabulary = range(model.llm.get_input_embeddings().num_embeddings)
     embeddings = model.embed_text(vocabulary)  # (V, D)
@@ -66,7 +67,8 @@ def main(argv: list[str] | None = None) -> None:
 
     results = []
     for utterance, hypothesis in zip(utterances, hypotheses):
-        results.append({**utterance.row, "duration": utterance.duration, "hyp": hypothesis})
+        utterance.hypotheses[1] = hypothesis
+        results.append(make_result(utterance, 1))
     for result in results[:SHOWN]:
         print(f"{result['txt']} | {result['hyp']}")
     metric, normalizer = choose_metric(results, "auto", "auto")

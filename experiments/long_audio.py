@@ -11,14 +11,13 @@ The pieces are those of tools/transcribe.py.
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from accelerate import PartialState
 from transformers.hf_argparser import HfArg
 from whisper.audio import SAMPLE_RATE
 
 from command import parse_arguments, run_command
 from data import load_audio
 from loading import load
+from machine import get_process
 from manifest import Utterance, read_manifest
 from recognize import make_result, recognize
 from scoring import choose_metric, format_table, score
@@ -55,7 +54,7 @@ def join(utterances: list[Utterance], seconds: float) -> list[Utterance]:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(Arguments, argv)
     recordings = join(read_manifest(args.data_path), args.seconds)
-    device = PartialState(cpu=not torch.accelerator.is_available()).device
+    device = get_process().device
     model = load(args.projector_model_path).to(device).eval()
 
     for _ in recognize(model, recordings, [args.num_beams], batch_size=1, num_workers=0):

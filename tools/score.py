@@ -15,7 +15,7 @@ from transformers.hf_argparser import HfArg
 import scoring
 from arguments import ScoringArguments
 from command import InputError, parse_arguments, run_command
-from manifest import parse_json_object, read_lines, show
+from manifest import check_duration, parse_json_object, read_lines, show
 from recognize import write_results
 
 
@@ -52,10 +52,7 @@ def check_result(result: dict) -> None:
                 f'"{key}" must be a text, got {show(result.get(key))}: score what recognize.py '
                 "or tools/whisper_baseline.py wrote"
             )
-    duration = result.get("duration")
-    if type(duration) not in (int, float) or not duration > 0:
-        wanted = '"duration" must be a positive number of seconds'
-        raise InputError(f"{wanted}, got {show(duration)}")
+    check_duration(result.get("duration"))
 
 
 def has_transcript(result: dict) -> bool:

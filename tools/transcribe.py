@@ -31,6 +31,7 @@ from arguments import check_positive
 from command import InputError, parse_arguments, run_command
 from data import check_samples, load_audio
 from loading import load
+from machine import get_process
 from manifest import Utterance, read_duration
 from model import SpeechLLM
 from recognize import recognize
@@ -80,7 +81,7 @@ def transcribe(
     """
     if isinstance(audios, str | Path):
         raise InputError(f"audios must be a list, got {audios!r}: give [{audios!r}]")
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = get_process()
     model.to(state.device).eval()
     pieces_by_audio = []
     for index, audio in enumerate(audios):

@@ -19,7 +19,7 @@ from transformers.hf_argparser import HfArg
 from whisper.audio import N_SAMPLES
 from whisper.tokenizer import LANGUAGES
 
-from arguments import ScoringArguments, check_positive
+from arguments import ScoringArguments, check_positive, check_result_path
 from command import InputError, parse_arguments, run_command
 from data import load_audio
 from loading import load_whisper
@@ -43,8 +43,7 @@ class Arguments(ScoringArguments):
 
     def __post_init__(self):
         check_positive("num_beams", self.num_beams)
-        if self.result_path.is_dir():
-            raise InputError(f"--result_path must be a file, got the folder {self.result_path}")
+        check_result_path(self.result_path)
         if self.language not in LANGUAGES:
             codes = ", ".join(LANGUAGES)
             raise InputError(f"--language must be one of {codes}, got {self.language}")
