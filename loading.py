@@ -31,6 +31,7 @@ def build(
     attention = choose_attention(bf16, training)
     with PartialState().local_main_process_first():  # one process downloads
         encoder = load_whisper(config.whisper_model_name_or_path).encoder
+    set_precision(encoder, dtype)
     name = config.llm_model_name_or_path
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -82,6 +83,17 @@ def load_whisper(name: str) -> nn.Module:
             f"--whisper_model_name_or_path: {name} is no openai-whisper file "
             f"({type(error).__name__}: {reason}); valid names: {names}"
         ) from error
+
+
+def set_precision(encoder: nn.Module, dtype: torch.dtype) -> None:
+    """Keep Whisper's encoder in the precision that it computes in, where it has products.
+
+    Otherwise it would cast its weights in each call. Norms and positions stay in float32, as
+    Whisper computes with them so.
+    """
+    for layer in encoder.modules():
+        if isinstance(layer, nn.Conv1d | nn.Linear):
+            layer.to(dtype)
 
 
 def read_config(path: str, **given) -> Config:
