@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,10 +117,10 @@ def wait() -> None:
         torch.accelerator.synchronize()
 
 
-def measure_seconds(call: Callable[[], object]) -> float:
+def measure_seconds(call: Callable, *args, **options) -> float:
     wait()
     start = time.perf_counter()
-    call()
+    call(*args, **options)
     wait()
     return time.perf_counter() - start
 
@@ -142,7 +143,7 @@ def measure_limit(device: torch.device) -> float:
     """Operations a second of products of two large matrices in bfloat16."""
     size = 8192 if device.type != "cpu" else 512
     a = torch.randn(size, size, dtype=torch.bfloat16, device=device)
-    seconds = [measure_seconds(lambda: a @ a) for _ in range(30)]
+    seconds = [measure_seconds(torch.mm, a, a) for _ in range(30)]
     return 2 * size**3 / median(seconds[10:])
 
 
@@ -211,23 +212,24 @@ def step(model: SpeechLLM | Reference, batch: dict, **options) -> None:
     model.projector.zero_grad()
 
 
-def measure_parts(model: SpeechLLM, batch: dict, steps: int) -> list[dict]:
-    """Milliseconds of each part of a training step: medians."""
+def measure_parts(args: Arguments, model: SpeechLLM, device: torch.device) -> list[dict]:
+    """Milliseconds of each part of a training step: medians of ten."""
+    batch = make_batch(model, args.batch_size, device)
     answers, labels = batch["answers"], batch["labels"]
-    seconds = {name: [] for name in ("encoder", "CTC", "CTC backward", "LLM", "LLM backward")}
-
-    def run(name: str, call: Callable) -> torch.Tensor:
-        results = []
-        seconds[name].append(measure_seconds(lambda: results.append(call())))
-        return results[0]
-
-    for _ in range(steps):
-        run("encoder", lambda: model.encode(batch["mel"]))
+    seconds = defaultdict(list)
+    for _ in range(10):
         audio = model.embed_audio(batch["mel"], batch["lengths"])
-        ctc = run("CTC", lambda: model.ctc_loss(audio, answers, zero_infinity=True).sum())
-        run("CTC backward", lambda: ctc.backward(retain_graph=True))
-        loss = run("LLM", lambda: model.llm_loss(audio, answers, labels, 1))
-        run("LLM backward", loss.backward)
+        seconds["encoder"].append(measure_seconds(model.encode, batch["mel"]))
+        start = time.perf_counter()
+        ctc = model.ctc_loss(audio, answers, zero_infinity=True).sum()
+        wait()
+        seconds["CTC"].append(time.perf_counter() - start)
+        seconds["CTC backward"].append(measure_seconds(ctc.backward, retain_graph=True))
+        start = time.perf_counter()
+        loss = model.llm_loss(audio, answers, labels, 1)
+        wait()
+        seconds["LLM"].append(time.perf_counter() - start)
+        seconds["LLM backward"].append(measure_seconds(loss.backward))
         model.projector.zero_grad()
     row = {}
     for name, values in seconds.items():
@@ -235,15 +237,16 @@ def measure_parts(model: SpeechLLM, batch: dict, steps: int) -> list[dict]:
     return [row]
 
 
-def find_largest_batch(model: SpeechLLM, device: torch.device, most: int = 1024) -> list[dict]:
+def find_largest_batch(args: Arguments, model: SpeechLLM, device: torch.device) -> list[dict]:
     """The largest power of two of utterances of 15 s that a training step has room for."""
     fits, rate = 0, 0.0
     size = 8
+    most = 8 if args.tiny else 1024
     while size <= most:
         batch = make_batch(model, size, device, seconds=(15, 15))
         try:
             step(model, batch, **CTC_AND_LLM)
-            rate = size / measure_seconds(lambda: step(model, batch, **CTC_AND_LLM))
+            rate = size / measure_seconds(step, model, batch, **CTC_AND_LLM)
         except torch.OutOfMemoryError:
             break
         fits = size
@@ -272,7 +275,7 @@ def compare_flows(args: Arguments, model: SpeechLLM, device: torch.device) -> li
         with FlopCounterMode(display=False) as counter:
             step(flow, batch, **options)
         reset_peak()
-        rounds = [measure_seconds(lambda: step(flow, batch, **options)) for _ in range(10)]
+        rounds = [measure_seconds(step, flow, batch, **options) for _ in range(10)]
         seconds = median(rounds)
         row = {
             "flow": name,
@@ -310,7 +313,7 @@ def compare_decoding(args: Arguments, model: SpeechLLM, device: torch.device) ->
         row = {"beam": beams}
         for name, decode in {"ours": decode_ours, "published flow": decode_theirs}.items():
             decode(beams)
-            row[f"RTF, {name}"] = round(measure_seconds(lambda: decode(beams)) / audio_seconds, 4)
+            row[f"RTF, {name}"] = round(measure_seconds(decode, beams) / audio_seconds, 4)
         row["ratio"] = round(row["RTF, published flow"] / row["RTF, ours"], 1)
         table.append(row)
     return table
@@ -327,17 +330,15 @@ def measure_models(args: Arguments, device: torch.device) -> dict[str, list[dict
     reset_peak()
     model = build_random(args, device).train()
     tables = {"training": training}
-    steps = 3 if args.tiny else 10
-    parts = {
-        "parts": lambda: measure_parts(model, make_batch(model, args.batch_size, device), steps),
-        "largest": lambda: find_largest_batch(model, device, most=8 if args.tiny else 1024),
-        "flows": lambda: compare_flows(args, model, device),
-        "decoding": lambda: compare_decoding(args, model, device),
+    measurements = {
+        "parts": measure_parts,
+        "largest": find_largest_batch,
+        "flows": compare_flows,
+        "decoding": compare_decoding,
     }
-    for part, measure in parts.items():
+    for part, measure in measurements.items():
         reset_peak()
-        model.train()
-        tables[part] = measure()
+        tables[part] = measure(args, model, device)
         report({part: tables[part]})
     return tables
 
