@@ -1,42 +1,134 @@
 """Which checkpoint a training goes on from, and what DeepSpeed puts into one."""
 
+import math
 import os
+import shutil
 import warnings
 from functools import partialmethod
 from pathlib import Path
+
+from transformers import TrainerState
 
 from arguments import TrainingArguments
 from command import InputError
 
 
 def find_checkpoint(args: TrainingArguments) -> str | None:
-    """The checkpoint to go on from: the one that is asked for, or the newest whole one.
+    """The checkpoint that is asked for, or the newest whole one, or None if there is none."""
+    asked = args.resume_from_checkpoint
+    newest = find_newest(args.output_dir)
+    if asked is None:
+        return newest
+    if str(asked).lower() == "true":
+        if newest is None:
+            raise InputError(
+                f"--resume_from_checkpoint {asked}: there is no whole checkpoint in "
+                f"{args.output_dir}; leave the flag out to start"
+            )
+        return newest
+    if not is_whole(Path(asked)):
+        raise InputError(f"--resume_from_checkpoint: {describe_folder(asked)}")
+    return asked
 
-    InputError where its optimizer would be lost.
-    """
-    checkpoint = args.resume_from_checkpoint
-    if checkpoint is None:
-        whole = {}
-        for state in Path(args.output_dir).glob("checkpoint-*[0-9]/trainer_state.json"):
-            if state.read_text().endswith("\n}\n"):  # this file comes last
-                whole[int(state.parent.name.removeprefix("checkpoint-"))] = str(state.parent)
-        if not whole:
-            return None
-        checkpoint = whole[max(whole)]
 
-    if not Path(checkpoint, "trainer_state.json").is_file():
-        raise InputError(f"--resume_from_checkpoint: there is no checkpoint in {checkpoint}")
+def find_newest(output_dir: str) -> str | None:
+    """The whole checkpoint of the most steps in a folder."""
+    whole = {}
+    for folder in Path(output_dir).glob("checkpoint-*[0-9]"):
+        if is_whole(folder):
+            whole[int(folder.name.removeprefix("checkpoint-"))] = str(folder)
+    if not whole:
+        return None
+    return whole[max(whole)]
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a folder is a checkpoint that was written to its end."""
+    state = checkpoint / "trainer_state.json"
+    if not state.is_file() or any(checkpoint.glob("checkpoint-*")):  # an output folder has one, too
+        return False
+    return state.read_text().endswith("\n}\n")  # this file comes last
+
+
+def describe_folder(folder: str) -> str:
+    """Why a folder is no checkpoint, and what to give in its place."""
+    newest = find_newest(folder)
+    if newest is not None:
+        return f"{folder} is a folder of checkpoints: give one of them, such as {newest}"
+    if not Path(folder).is_dir():
+        return f"there is no folder {folder}; wanted a checkpoint-N, or no flag for the newest"
+    return f"there is no whole checkpoint in {folder}; wanted a checkpoint-N of train.py"
+
+
+def count_steps(args: TrainingArguments, utterances: int) -> int:
+    """The steps of a whole run, as the Trainer counts them."""
+    if args.max_steps > 0:
+        return args.max_steps
+    whole = math.floor if args.dataloader_drop_last else math.ceil
+    batches = whole(utterances / args.train_batch_size)
+    batches = whole(batches / args.world_size)  # of each process
+    steps_an_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
+    return math.ceil(args.num_train_epochs * steps_an_epoch)
+
+
+def read_state(folder: str) -> TrainerState:
+    return TrainerState.load_from_json(f"{folder}/trainer_state.json")
+
+
+def count_saved_steps(args: TrainingArguments, checkpoint: str) -> int:
+    """The steps of the weights in output_dir, if they are of this checkpoint's run; otherwise 0."""
+    folder = Path(args.output_dir)
+    if not Path(folder, "trainer_state.json").is_file():
+        return 0
+    if not Path(folder, "model.safetensors").is_file():
+        return 0
+    state, logged = read_state(args.output_dir), read_state(checkpoint).log_history
+    if state.log_history[: len(logged)] != logged:
+        return 0
+    return state.global_step
+
+
+def is_finished(args: TrainingArguments, checkpoint: str, steps: int) -> bool:
+    """Whether a run has made all its steps; the last may have no checkpoint."""
+    done = read_state(checkpoint).global_step
+    if args.resume_from_checkpoint is None:
+        done = max(done, count_saved_steps(args, checkpoint))
+    return done >= steps
+
+
+def keep_last_weights(args: TrainingArguments, checkpoint: str) -> None:
+    """Give output_dir a finished run's weights, if a stop after its last checkpoint took them."""
+    state = read_state(checkpoint)
+    if count_saved_steps(args, checkpoint) >= state.global_step:
+        return
+    source = checkpoint
+    best = state.best_model_checkpoint
+    if args.load_best_model_at_end and best is not None and Path(best).is_dir():
+        source = best
+    # the state comes last, as it says of which step the weights are
+    shutil.copyfile(Path(source, "model.safetensors"), Path(args.output_dir, "model.safetensors"))
+    shutil.copyfile(
+        Path(checkpoint, "trainer_state.json"), Path(args.output_dir, "trainer_state.json")
+    )
+
+
+def check_checkpoint(args: TrainingArguments, checkpoint: str) -> None:
+    """InputError for a checkpoint whose optimizer is missing, or would be lost by going on."""
+    anew = (
+        f"start anew from its weights with --projector_model_path {checkpoint}/"
+        "model.safetensors and another --output_dir"
+    )
     processes = len(list(Path(checkpoint).glob("rng_state*")))
     zero = any(Path(checkpoint).glob("global_step*"))
+    if not zero and not Path(checkpoint, "optimizer.pt").is_file():
+        raise InputError(f"{checkpoint} holds no optimizer, as with --save_only_model: {anew}")
     with_zero = {True: "with ZeRO", False: "without ZeRO"}
     found = f"{processes} processes {with_zero[zero]}"
     here = f"{args.world_size} {with_zero[bool(args.deepspeed)]}"
     if zero != bool(args.deepspeed) or (zero and processes != args.world_size):
         raise InputError(
             f"{checkpoint} is of {found}, and this run is of {here}: start it as before, or "
-            f"start anew from its weights with --projector_model_path {checkpoint}/"
-            "model.safetensors and another --output_dir; if a kill cut this checkpoint short, "
-            "remove its folder"
+            f"{anew}; if a kill cut this checkpoint short, remove its folder"
         )
     if processes != args.world_size:
         warnings.warn(
@@ -45,7 +137,6 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
             "--gradient_accumulation_steps is the same",
             stacklevel=2,
         )
-    return checkpoint
 
 
 def start_deepspeed(use_cpu: bool) -> None:

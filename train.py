@@ -18,7 +18,14 @@ from accelerate.utils import GatheredParameters
 
 import scoring
 from arguments import TrainingArguments
-from checkpoints import find_checkpoint, start_deepspeed
+from checkpoints import (
+    check_checkpoint,
+    count_steps,
+    find_checkpoint,
+    is_finished,
+    keep_last_weights,
+    start_deepspeed,
+)
 from command import InputError, parse_arguments, run_command
 from data import by_length
 from loading import build, read_config
@@ -84,7 +91,16 @@ def train(args: TrainingArguments, config: Config, checkpoint: str | None) -> No
     except OSError as error:
         raise InputError(f"--output_dir {args.output_dir}: {error.strerror}") from error
     seed = args.seed if args.data_seed is None else args.data_seed
-    train_rows = by_length(read_manifest(args.data_path), args.global_batch_size, seed)
+    utterances = read_manifest(args.data_path)
+    if checkpoint is not None:
+        steps = count_steps(args, len(utterances))
+        if is_finished(args, checkpoint, steps):
+            if args.should_save:
+                keep_last_weights(args, checkpoint)
+                print(f"{args.output_dir} is finished: all of its {steps} steps are done")
+            return
+        check_checkpoint(args, checkpoint)
+    train_rows = by_length(utterances, args.global_batch_size, seed)
     eval_rows = None
     if args.eval_data_path:
         eval_rows = read_manifest(args.eval_data_path)

@@ -169,6 +169,58 @@ def test_the_same_command_goes_on_exactly_from_the_newest_whole_checkpoint(paths
 
 
 @pytest.mark.parametrize(
+    "options, then",
+    [
+        ("--max_steps 3 --lr_scheduler_type constant", ""),
+        ("--max_steps 3 --save_strategy epoch --lr_scheduler_type cosine", ""),
+        ("--num_train_epochs 1.5 --save_only_model True", ""),
+        ("--max_steps 3", "--max_steps 2"),
+        ("--max_steps 3", "--max_steps -1 --num_train_epochs 1"),
+        ("--max_steps 3", "--resume_from_checkpoint {}/checkpoint-3"),
+    ],
+)
+def test_a_finished_run_does_nothing_but_say_so(paths, tmp_path, capsys, options, then):
+    options += " --save_steps 1 --learning_rate 1e-2"
+    whole = run(paths, tmp_path, options)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("**/*")}
+    capsys.readouterr()
+    assert equal(run(paths, tmp_path, f"{options} {then.format(tmp_path)}"), whole)
+    assert capsys.readouterr().out.startswith(f"{tmp_path} is finished: all of its ")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("**/*")} == files
+
+
+BEST = """\
+    --max_steps 3 --save_strategy best --eval_strategy steps --eval_steps 1 --learning_rate 1e-2
+    --load_best_model_at_end True --metric_for_best_model loss --greater_is_better True"""
+
+
+def test_a_finished_run_may_have_no_checkpoint_of_its_last_step(paths, tmp_path, capsys):
+    options = f"{BEST} --eval_data_path {paths.manifest}"
+    run(paths, tmp_path, options)
+    assert not (tmp_path / "checkpoint-3").exists()
+    capsys.readouterr()
+    run(paths, tmp_path, options)
+    assert "'loss': " not in capsys.readouterr().out
+    # the folder of another run is not this one's
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    state["log_history"][0]["loss"] = -1
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    run(paths, tmp_path, options)
+    assert "'loss': " in capsys.readouterr().out
+
+
+def test_a_stop_after_the_last_checkpoint_costs_no_weights(paths, tmp_path):
+    options = f"{BEST} --save_strategy steps --save_steps 1 --eval_data_path {paths.manifest}"
+    best = run(paths, tmp_path, options)
+    for name in ("model.safetensors", "trainer_state.json"):
+        (tmp_path / name).unlink()
+    assert equal(run(paths, tmp_path, options), best)
+    last = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
+    assert not equal(last, best)
+    assert len(log(tmp_path, "loss")) == 3
+
+
+@pytest.mark.parametrize(
     "other, message",
     [
         ("--stride 4", "was trained with --stride 5, got 4"),
