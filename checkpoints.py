@@ -1,16 +1,43 @@
 """Which checkpoint a training goes on from, and what DeepSpeed puts into one."""
 
+import json
 import math
 import os
 import shutil
 import warnings
 from functools import partialmethod
+from hashlib import file_digest, sha256
 from pathlib import Path
 
 from transformers import TrainerState
 
 from arguments import TrainingArguments
 from command import InputError
+
+ARGUMENTS = "arguments.json"  # beside the weights: the flags of their run
+# what goes on from the checkpoint whatever the flags say
+KEPT = (
+    "learning_rate",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "logging_steps",
+    "eval_steps",
+    "save_steps",
+)
+# what may differ, or is checked elsewhere
+FREE = (
+    "output_dir",
+    "run_name",
+    "resume_from_checkpoint",
+    "data_path",
+    "projector_model_path",
+    "llm_model_name_or_path",
+    "whisper_model_name_or_path",
+    "prompt",
+    "stride",
+)
 
 
 def find_checkpoint(args: TrainingArguments) -> str | None:
@@ -122,6 +149,11 @@ def check_checkpoint(args: TrainingArguments, checkpoint: str) -> None:
     zero = any(Path(checkpoint).glob("global_step*"))
     if not zero and not Path(checkpoint, "optimizer.pt").is_file():
         raise InputError(f"{checkpoint} holds no optimizer, as with --save_only_model: {anew}")
+    optim = read_arguments(checkpoint).get("optim", args.optim)
+    if optim != args.optim:
+        raise InputError(
+            f"--optim {args.optim}: {checkpoint} holds the state of {optim}; give that, or {anew}"
+        )
     with_zero = {True: "with ZeRO", False: "without ZeRO"}
     found = f"{processes} processes {with_zero[zero]}"
     here = f"{args.world_size} {with_zero[bool(args.deepspeed)]}"
@@ -137,6 +169,43 @@ def check_checkpoint(args: TrainingArguments, checkpoint: str) -> None:
             "--gradient_accumulation_steps is the same",
             stacklevel=2,
         )
+
+
+def describe_arguments(args: TrainingArguments) -> dict:
+    """The flags of a run, and a hash of what its manifests hold, as JSON has them."""
+    digest = sha256()
+    for path in args.data_path:
+        with open(path, "rb") as file:
+            digest.update(file_digest(file, "sha256").digest())
+    return {**json.loads(args.to_json_string()), "manifests": digest.hexdigest()}
+
+
+def write_arguments(arguments: dict, folder: Path) -> None:
+    (folder / ARGUMENTS).write_text(json.dumps(arguments, indent=2))
+
+
+def read_arguments(checkpoint: str) -> dict:
+    """What `write_arguments` wrote; nothing for checkpoints of older code."""
+    path = Path(checkpoint, ARGUMENTS)
+    if not path.is_file():
+        return {}
+    return json.loads(path.read_text())
+
+
+def report_resume(arguments: dict, checkpoint: str) -> None:
+    """Say what a run goes on from, and warn of each flag that differs there."""
+    print(f"resuming from {checkpoint} at step {read_state(checkpoint).global_step}", flush=True)
+    before = read_arguments(checkpoint)
+    for name, value in arguments.items():
+        if name in FREE or before.get(name, value) == value:
+            continue
+        if name == "manifests":
+            message = f"--data_path: {checkpoint} had other lines; these hold from here on"
+        elif name in KEPT:
+            message = f"--{name} {value} has no effect: {checkpoint} goes on with {before[name]}"
+        else:
+            message = f"--{name} {value} holds from here on: {checkpoint} had {before[name]}"
+        warnings.warn(message, stacklevel=2)
 
 
 def start_deepspeed(use_cpu: bool) -> None:

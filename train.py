@@ -21,10 +21,13 @@ from arguments import TrainingArguments
 from checkpoints import (
     check_checkpoint,
     count_steps,
+    describe_arguments,
     find_checkpoint,
     is_finished,
     keep_last_weights,
+    report_resume,
     start_deepspeed,
+    write_arguments,
 )
 from command import InputError, parse_arguments, run_command
 from data import by_length
@@ -39,6 +42,7 @@ class ProjectorTrainer(transformers.Trainer):
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
+        self.arguments = {}  # the flags, to save them beside the weights
         # this process's llm_loss and ctc_loss, each by step, since the last log
         self.losses: dict[str, Counter] = defaultdict(Counter)
 
@@ -64,23 +68,27 @@ class ProjectorTrainer(transformers.Trainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        path = Path(output_dir or self.args.output_dir, "model.safetensors")
+        folder = Path(output_dir or self.args.output_dir)
         # gathers ZeRO-3's shards, for which all processes are needed
         with GatheredParameters([*self.model.projector.parameters()]):
             if self.args.should_save:
-                self.model.save_projector(path)
+                self.model.save_projector(folder / "model.safetensors")
+                write_arguments(self.arguments, folder)
 
 
-def make_config(args: TrainingArguments) -> Config:
+def make_config(args: TrainingArguments, checkpoint: str | None = None) -> Config:
     """That of the projector to start from, which the flags must agree with, or a new one."""
+    projector = args.projector_model_path
+    if checkpoint is not None:
+        projector = f"{checkpoint}/model.safetensors"
     given = {
         "llm_model_name_or_path": args.llm_model_name_or_path,
         "whisper_model_name_or_path": args.whisper_model_name_or_path,
         "prompt": args.prompt,
         "stride": args.stride,
     }
-    if args.projector_model_path:
-        return read_config(args.projector_model_path, **given)
+    if projector is not None:
+        return read_config(projector, **given)
     return Config(**{name: value for name, value in given.items() if value is not None})
 
 
@@ -92,6 +100,7 @@ def train(args: TrainingArguments, config: Config, checkpoint: str | None) -> No
         raise InputError(f"--output_dir {args.output_dir}: {error.strerror}") from error
     seed = args.seed if args.data_seed is None else args.data_seed
     utterances = read_manifest(args.data_path)
+    arguments = describe_arguments(args)
     if checkpoint is not None:
         steps = count_steps(args, len(utterances))
         if is_finished(args, checkpoint, steps):
@@ -100,13 +109,15 @@ def train(args: TrainingArguments, config: Config, checkpoint: str | None) -> No
                 print(f"{args.output_dir} is finished: all of its {steps} steps are done")
             return
         check_checkpoint(args, checkpoint)
+        if args.process_index == 0:
+            report_resume(arguments, checkpoint)
     train_rows = by_length(utterances, args.global_batch_size, seed)
     eval_rows = None
     if args.eval_data_path:
         eval_rows = read_manifest(args.eval_data_path)
     transformers.set_seed(args.seed)  # for the projector's first weights
     model = build(config, args.bf16, args.encoder_cache, training=True)
-    if args.projector_model_path:
+    if args.projector_model_path is not None and checkpoint is None:
         model.load_projector(args.projector_model_path)
 
     def measure(prediction) -> dict[str, float]:
@@ -124,6 +135,7 @@ def train(args: TrainingArguments, config: Config, checkpoint: str | None) -> No
         eval_dataset=eval_rows,
         compute_metrics=measure,
     )
+    trainer.arguments = arguments
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
@@ -157,9 +169,7 @@ def main(argv: list[str] | None = None) -> None:
         start_deepspeed(args.use_cpu)
     args.check_processes()
     checkpoint = find_checkpoint(args)
-    if checkpoint:
-        args.projector_model_path = f"{checkpoint}/model.safetensors"
-    train(args, make_config(args), checkpoint)
+    train(args, make_config(args, checkpoint), checkpoint)
     PartialState().destroy_process_group()
 
 

@@ -189,6 +189,56 @@ def test_a_finished_run_does_nothing_but_say_so(paths, tmp_path, capsys, options
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("**/*")} == files
 
 
+def test_resuming_is_said_and_each_flag_that_differs_is_warned_of(paths, tmp_path, capsys):
+    manifest = tmp_path / "m.jsonl"
+    wavs = [utterance.path for utterance in read_manifest([paths.manifest])]
+    write_manifest(manifest, wavs, tiny.TEXTS)
+    constant = f"--data_path {manifest} --lr_scheduler_type constant --save_steps 1"
+    run(paths, tmp_path / "out", f"{constant} --max_steps 1 --learning_rate 1e-5")
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    manifest.rename(tmp_path / "moved.jsonl")
+    constant = constant.replace("m.jsonl", "moved.jsonl")
+
+    capsys.readouterr()
+    with pytest.warns(UserWarning) as warned:
+        run(paths, tmp_path / "out", f"{constant} --max_steps 2 --learning_rate 1e-2")
+    assert log(tmp_path / "out", "learning_rate") == [1e-5, 1e-5]
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert first == f"resuming from {checkpoint} at step 1"
+    messages = [str(x.message) for x in warned if str(x.message).startswith("--")]
+    assert messages == [
+        f"--max_steps 2 holds from here on: {checkpoint} had 1",
+        f"--learning_rate 0.01 has no effect: {checkpoint} goes on with 1e-05",
+    ]
+
+    shutil.rmtree(tmp_path / "out" / "checkpoint-2")
+    write_manifest(tmp_path / "moved.jsonl", wavs[:4], tiny.TEXTS)
+    with pytest.warns(UserWarning, match="--data_path: .*checkpoint-1 had other lines"):
+        run(paths, tmp_path / "out", f"{constant} --max_steps 3 --learning_rate 1e-5")
+
+
+def test_a_checkpoint_that_cannot_be_gone_on_from_is_refused_in_one_line(paths, tmp_path):
+    run(paths, tmp_path, "--max_steps 2 --save_steps 1")
+    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
+    cases = {
+        "": "checkpoint-2 holds no optimizer, as with --save_only_model: start anew from .* --p",
+        f"--resume_from_checkpoint {tmp_path}": "is a folder of checkpoints: give one of them",
+        "--resume_from_checkpoint none": "there is no folder none; wanted a checkpoint-N, or no",
+        "--resume_from_checkpoint True --output_dir none": "there is no whole checkpoint in none",
+        f"--resume_from_checkpoint {tmp_path}/checkpoint-1 --optim sgd": "holds the state of adamw",
+    }
+    for options, message in cases.items():
+        with pytest.raises(InputError, match=message):
+            run(paths, tmp_path, f"--max_steps 3 {options}")
+
+
+def test_true_resumes_from_the_newest_checkpoint(paths, tmp_path, capsys):
+    run(paths, tmp_path, "--max_steps 1")
+    capsys.readouterr()
+    run(paths, tmp_path, "--max_steps 2 --resume_from_checkpoint True")
+    assert f"resuming from {tmp_path}/checkpoint-1 at step 1" in capsys.readouterr().out
+
+
 BEST = """\
     --max_steps 3 --save_strategy best --eval_strategy steps --eval_steps 1 --learning_rate 1e-2
     --load_best_model_at_end True --metric_for_best_model loss --greater_is_better True"""
