@@ -44,6 +44,12 @@ def start_decoding(model, batch: dict) -> None:
         model.build_inputs(shown, [[]] * len(shown))
 
 
+def decode(model, batch: dict, **options) -> None:
+    with torch.no_grad():
+        audio = model.embed_audio(batch["mel"], batch["lengths"])
+    model.generate(audio, **options)
+
+
 def move(model) -> None:
     """To the pretended GPU, with what the first step of a run does."""
     model.to(DEVICE)
@@ -70,6 +76,7 @@ def count_waits(paths, utterances, step, **options) -> Counter:
         (train, CTC_ALONE, 0),
         (evaluate, {}, 2),  # of the loss, and of that with the audio of others
         (start_decoding, {}, 1),
+        (decode, {"num_beams": 1, "max_new_tokens": 3}, 5),  # one more a token, and the last
     ],
 )
 def test_a_step_waits_as_often_for_six_utterances_as_for_two(
