@@ -59,6 +59,10 @@ class GpuTensor(Tensor):
     def new_tensor(self, values, dtype=None, device=DEVICE) -> Tensor:
         return torch.tensor(values, dtype=dtype or self.dtype, device=device)
 
+    def __getitem__(self, index):
+        parts = index if isinstance(index, tuple) else (index,)
+        return super().__getitem__(tuple(map(make_index, parts)))
+
     def __repr__(self, **options) -> str:
         return f"GpuTensor({self.values})"
 
@@ -149,10 +153,21 @@ def start_nothing() -> None:
     """In place of the start of CUDA, which would look for a driver."""
 
 
+def make_index(part):
+    if isinstance(part, list):
+        return torch.tensor(part)
+    return part
+
+
 def unwrap(x):
     if isinstance(x, GpuTensor):
         return x.values
+    assert not is_empty_shell(x), "torch made a tensor without values, past PretendGpu"
     return x
+
+
+def is_empty_shell(x) -> bool:
+    return isinstance(x, Tensor) and x.is_meta
 
 
 def check_devices(function, args, tensors: list[Tensor]) -> None:
