@@ -153,7 +153,7 @@ def test_training_in_float32_has_the_cpus_loss_and_gradient(on_gpu, on_cpu, utte
     found["loss"].backward()
     wanted["loss"].backward()
     difference = gradient_of(on_gpu) - gradient_of(on_cpu)
-    assert difference.norm() < 1e-4 * gradient_of(on_cpu).norm()
+    assert difference.norm() < 1e-3 * gradient_of(on_cpu).norm()
 
 
 def test_evaluation_in_float32_has_the_cpus_loss_and_listening_gap(on_gpu, on_cpu, utterances):
