@@ -72,15 +72,18 @@ def load_llm(name: str, dtype: torch.dtype, attention: str | None):
             trust_remote_code=False,
             output_loading_info=True,
         )
+    except torch.OutOfMemoryError:
+        raise
     except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        wanted = "wanted a folder, or a name on the hub with its owner (Qwen/Qwen2-1.5B-Instruct)"
-        if "trust_remote_code" in str(error):
-            reason = "it needs code of its own, and none that comes with a model is run"
-            wanted = "wanted an LLM that transformers knows"
+        reason, wanted = explain(error)
         raise InputError(
             f"--llm_model_name_or_path {name} cannot be loaded: {reason}; {wanted}"
         ) from error
+    if not tokenizer.encode(" ", add_special_tokens=False):
+        raise InputError(
+            f"--llm_model_name_or_path {name}: its tokenizer has no token for a space: put its "
+            "tokenizer.json there, or take another LLM"
+        )
     missing = sorted(found["missing_keys"])
     if missing:
         raise InputError(
@@ -88,6 +91,34 @@ def load_llm(name: str, dtype: torch.dtype, attention: str | None):
             f"{missing[0]} among them: fetch them again, or take another LLM"
         )
     return take_language_model(llm), tokenizer
+
+
+def explain(error: Exception) -> tuple[str, str]:
+    """Why a model cannot be loaded, and what is wanted in its place."""
+    if "trust_remote_code" in str(error):
+        reason = "it needs code of its own, and none that comes with a model is run"
+        return reason, "wanted an LLM that transformers knows"
+    if "backend tokenizer" in str(error):
+        return "it has no tokenizer that can be read", "put its tokenizer.json there"
+    if "ignore_mismatched_sizes" in str(error):
+        reason = "its weights have other sizes than its config.json says"
+        return reason, "fetch both from one place"
+    reason = str(error).strip().split("\n")[0].removesuffix(".")
+    if isinstance(error, SafetensorError):
+        return (
+            f"its weights are no whole file ({reason})",
+            "fetch them again, from git with git lfs",
+        )
+    if isinstance(error, ImportError):
+        return reason, "install what it needs, or take another LLM"
+    wanted = "wanted a folder, or a name on the hub with its owner (Qwen/Qwen2-1.5B-Instruct)"
+    return reason, wanted
+
+
+def first_sentence(error: Exception) -> str:
+    """What an error says, less its advice to developers."""
+    first_line = str(error).strip().split("\n")[0]
+    return first_line.split(". ")[0].removesuffix(".")
 
 
 def take_language_model(llm: nn.Module) -> nn.Module:
@@ -173,10 +204,9 @@ def try_llm(model: SpeechLLM) -> None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever an LLM's own code raises
-        reason = str(error).strip().split("\n")[0].split(". ")[0].removesuffix(".")
         raise InputError(
             f"--llm_model_name_or_path {llm.name_or_path}: this LLM ({type(llm).__name__}) fails "
-            f"in {task}: {type(error).__name__}: {reason}; take another LLM"
+            f"in {task}: {type(error).__name__}: {first_sentence(error)}; take another LLM"
         ) from error
     finally:
         llm.eval()
@@ -208,11 +238,18 @@ def load_whisper(name: str) -> nn.Module:
     try:
         return whisper.load_model(name, "cpu")
     except Exception as error:  # torch.load has many for a file that is something else
-        names = ", ".join(whisper.available_models())
-        reason = str(error).split(";")[0]
+        names = whisper.available_models()
+        reason = f"{type(error).__name__}: {first_sentence(error).split(';')[0]}"
+        # those of transformers are called whisper-tiny, and lie in folders of that name
+        parts = [part.removeprefix("whisper-") for part in Path(name).parts]
+        meant = [part for part in parts if part in names]
+        if meant:
+            reason += f"; transformers' files are others: did you mean {meant[-1]}?"
+        elif isinstance(error, KeyError):
+            reason = f"it has no {error}, as files of transformers have none"
         raise InputError(
             f"--whisper_model_name_or_path: {name} is no openai-whisper file "
-            f"({type(error).__name__}: {reason}); valid names: {names}"
+            f"({reason}); valid names: {', '.join(names)}"
         ) from error
 
 
