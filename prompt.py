@@ -32,7 +32,7 @@ def build_prompt(tokenizer, prompt: str) -> tuple[list[int], list[int], int]:
     # a transcript starts with a space itself
     after = after.rstrip(" ")
     end_id = find_end(tokenizer, ends[-1])
-    return encode(tokenizer, before), encode(tokenizer, after), end_id
+    return encode_start(tokenizer, before), encode(tokenizer, after), end_id
 
 
 def render_chat(tokenizer, question: str) -> str:
@@ -79,6 +79,20 @@ def find_end(tokenizer, text: str) -> int:
             "nor has it an eos_token: set one in tokenizer_config.json"
         )
     return tokenizer.eos_token_id
+
+
+def encode_start(tokenizer, text: str) -> list[int]:
+    """Token ids of a text's beginning, with those that the tokenizer puts in front of any text.
+
+    Some templates leave these to the tokenizer, as Zephyr's does, others have them.
+    """
+    ids = encode(tokenizer, text)
+    plain = encode(tokenizer, "a")
+    marked = tokenizer.encode("a")
+    front = marked[: marked.index(plain[0])]
+    if ids[: len(front)] == front:
+        return ids
+    return front + ids
 
 
 def encode(tokenizer, text: str) -> list[int]:

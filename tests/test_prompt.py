@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from tokenizers.processors import TemplateProcessing
 from transformers.utils import chat_template_utils
 
 from command import InputError
@@ -155,6 +156,21 @@ def test_all_that_a_template_may_ask_the_clock_for_is_fixed():
     before, _, _ = build_prompt(tokenizer, "Say it:")
     wanted = datetime(2024, 7, 26).strftime(format)
     assert tokenizer.decode(before) == f"{wanted};Say it:\n"
+
+
+@pytest.mark.parametrize("written", ["", "{{ bos_token }}"])
+def test_a_text_starts_with_one_bos_whether_the_template_or_the_tokenizer_puts_it_there(written):
+    template = written + "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer = tiny.make_tokenizer(template, "<|eot_id|>", start="<|begin_of_text|>")
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    names = [(tokenizer.bos_token, bos), (tokenizer.eos_token, eos)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{tokenizer.bos_token} $A {tokenizer.eos_token}", special_tokens=names
+    )
+    assert tokenizer.encode("a") == [bos, *spell(tokenizer, "a"), eos]
+    before, after, _ = build_prompt(tokenizer, "Say it:")
+    assert before == [bos, *spell(tokenizer, "Say it:\n")]
+    assert after == []
 
 
 def test_where_a_template_does_not_end_an_answer_the_tokenizers_end_does():
