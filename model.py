@@ -239,7 +239,12 @@ class SpeechLLM(nn.Module):
         if num_beams > 1:
             scores = output.sequences_scores.view(-1, num_beams)
             best = self.choose(audio, hypotheses, scores)
-        return [[i for i in row if i not in self.stop_ids] for row in best.tolist()]
+        answers = []
+        for row, positions in zip(best.tolist(), heard):
+            answer = [i for i in row if i not in self.stop_ids]
+            # an LLM that is shown no audio makes something up
+            answers.append(answer if len(positions) else [])
+        return answers
 
     def choose(self, audio: list[Tensor], hypotheses: Tensor, llm_scores: Tensor) -> Tensor:
         """Of each beam (B, N, T) the hypothesis (B, T) that is best for the LLM and CTC together.

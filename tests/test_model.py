@@ -348,6 +348,15 @@ def test_hypotheses_end_with_their_audio_or_where_they_are_told_to(model, uttera
         assert lengths_of(ids) == [most - 1] * len(audio)
 
 
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_where_all_audio_is_blank_nothing_is_said(model, utterances, num_beams):
+    [speech, *_], _ = embed(model, utterances)
+    silence = model.embed_text([model.blank_id] * 5)
+    [said] = model.generate([speech], num_beams)
+    assert model.generate([speech, silence], num_beams) == [said, []]
+    assert said
+
+
 def test_decoding_ends_at_the_llms_own_stops_too(model, utterances):
     audio, _ = embed(model, utterances[:1])
     [free] = model.generate(audio, num_beams=1)
