@@ -10,7 +10,7 @@ import transformers
 from transformers.hf_argparser import HfArg
 
 from command import InputError
-from machine import choose_bf16
+from machine import choose_bf16, choose_workers
 
 
 @dataclass(kw_only=True)
@@ -76,6 +76,10 @@ class TrainingArguments(transformers.TrainingArguments):
     use_cpu: bool = HfArg(
         default=not torch.accelerator.is_available(),
         help="Whether to leave accelerators alone.",
+    )
+    dataloader_num_workers: int = HfArg(
+        default_factory=choose_workers,
+        help="Processes that read audio, for each GPU; by default up to 4, without a GPU none.",
     )
 
     def __post_init__(self):

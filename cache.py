@@ -9,6 +9,7 @@ import warnings
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -37,28 +38,32 @@ class Encoder:
 
     def __call__(self, windows: Tensor) -> Tensor:
         """Log-mel windows (N, M, F) of one size -> encoder outputs (N, E, C)."""
+        windows = windows.to(self.module.conv1.weight.dtype)
         if self.folder is None:
             return self.compute(windows)
-        paths = [self.entry(window) for window in windows]
+        autocast = torch.is_autocast_enabled(windows.device.type)
+        # all windows and all outputs at once between the devices: each time is a wait
+        paths = [self.entry(window, autocast) for window in windows.cpu()]
         outputs = [read_entry(path) for path in paths]
         new = [i for i, output in enumerate(outputs) if output is None]
         if new:
-            for i, output in zip(new, self.compute(windows[new])):
+            for i, output in zip(new, self.compute(windows[new]).cpu()):
                 outputs[i] = output.clone()
                 self.write_entry(paths[i], outputs[i])
-        return torch.stack([output.to(windows.device) for output in outputs])
+        return torch.stack(outputs).to(windows.device)
 
     def compute(self, windows: Tensor) -> Tensor:
         """Whisper's encoder is made for 30 s, but its positions are sines, and end anywhere."""
-        module = self.module.to(windows.device)
-        positions = module.positional_embedding[: windows.shape[2] // 2]
+        if self.module.conv1.weight.device != windows.device:
+            self.module.to(windows.device)
+        positions = self.module.positional_embedding[: windows.shape[2] // 2]
         shortened = {"positional_embedding": positions}
-        return torch.func.functional_call(module, shortened, windows)
+        return torch.func.functional_call(self.module, shortened, windows)
 
-    def entry(self, window: Tensor) -> Path:
-        autocast = torch.is_autocast_enabled(window.device.type)
+    def entry(self, window: Tensor, autocast: bool) -> Path:
+        """The file of a window (M, F), which is on the CPU."""
         key = sha256(f"{window.dtype} {autocast} {tuple(window.shape)}".encode())
-        key.update(window.detach().cpu().contiguous().view(torch.uint8).numpy())
+        key.update(read_bytes(window))
         return self.folder / f"{key.hexdigest()}.safetensors"
 
     def write_entry(self, path: Path, output: Tensor) -> None:
@@ -91,5 +96,10 @@ def read_entry(path: Path) -> Tensor | None:
 def hash_weights(module: nn.Module) -> str:
     digest = sha256()
     for tensor in module.state_dict().values():
-        digest.update(sha256(tensor.cpu().numpy()).digest())
+        digest.update(sha256(read_bytes(tensor.cpu())).digest())
     return digest.hexdigest()[:16]
+
+
+def read_bytes(tensor: Tensor) -> np.ndarray:
+    """What a tensor on the CPU holds, for a hash; numpy has no bfloat16."""
+    return tensor.detach().contiguous().view(torch.uint8).numpy()

@@ -60,5 +60,7 @@ def start_deepspeed(use_cpu: bool) -> None:
     deepspeed.DeepSpeedEngine.save_checkpoint = without_frozen
     # no ops, as on CPUs each would be compiled for a minute: gloo serves
     deepspeed.ops.__compatible_ops__ = {}
+    # its calls of functions that torch has renamed, hundreds of lines in each process
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     backend = "gloo" if use_cpu else None
     deepspeed.init_distributed(backend, auto_mpi_discovery=False)

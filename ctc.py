@@ -7,6 +7,8 @@ added.
 Shapes: B utterances, A audio positions, D width of the LLM, P classes, N hypotheses.
 """
 
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -19,16 +21,17 @@ def drop_blanks(audio: list[Tensor], blank: Tensor, threshold: float) -> list[Te
 
     Near is a cosine of `threshold` or more.
     """
-    kept = []
-    for positions in audio:
-        similarity = nn.functional.cosine_similarity(positions, blank, dim=-1)
-        kept.append(positions[similarity < threshold])
-    return kept
+    joined = torch.cat(audio)
+    similarity = nn.functional.cosine_similarity(joined, blank, dim=-1)
+    kept = (similarity < threshold).cpu()  # waits for the device, and once for all utterances
+    counts = [int(part.sum()) for part in kept.split([len(x) for x in audio])]
+    indices = send(kept.nonzero()[:, 0], joined.device)
+    return list(joined[indices].split(counts))
 
 
 def ctc_loss(
     audio: list[Tensor],
-    targets: list[Tensor],
+    targets: list[list[int]],
     embeddings: nn.Embedding,
     blank_id: int,
     scale: float,
@@ -41,19 +44,26 @@ def ctc_loss(
     `targets` have. Of a target with more tokens than its audio has positions (or as many, one of
     them doubled) the loss is infinite, or 0 with `zero_infinity`.
     """
-    common = torch.arange(min(COMMON_TOKENS, embeddings.num_embeddings), device=audio[0].device)
-    tokens = torch.cat([common, common.new_tensor([blank_id]), *targets])
+    common = range(min(COMMON_TOKENS, embeddings.num_embeddings))
+    # classes are counted on the CPU: how many there are, a GPU could not say without a wait
+    tokens = torch.tensor([*common, blank_id, *chain(*targets)])
     classes, index = tokens.unique(return_inverse=True)  # (P,), and the place of each token in it
     blank_class = int(index[len(common)])
     target_classes = index[len(common) + 1 :]
 
-    rows = embeddings(classes)  # (P, D)
+    device = audio[0].device
+    rows = embeddings(send(classes, device))  # (P, D)
     padded = pad_sequence(audio, batch_first=True)
     logits = padded.to(rows.dtype) @ rows.T * scale  # (B, A, P)
     log_probs = logits.float().log_softmax(-1).transpose(0, 1)
     log_probs = log_probs.expand(-1, len(targets), -1)
 
     audio_lengths = torch.tensor([len(x) for x in audio]).expand(len(targets))
-    target_lengths = torch.tensor([len(x) for x in targets])
+    target_lengths = torch.tensor([len(ids) for ids in targets])
     loss = nn.CTCLoss(blank_class, reduction="none", zero_infinity=zero_infinity)
-    return loss(log_probs, target_classes, audio_lengths, target_lengths)
+    return loss(log_probs, send(target_classes, device), audio_lengths, target_lengths)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor's copy on the device, for which the CPU does not wait until the device is idle."""
+    return tensor.to(device, non_blocking=True)

@@ -76,8 +76,9 @@ def by_length(utterances: list[Utterance], size: int, seed: int) -> list[Utteran
 class Collator:
     """Utterances -> a batch for SpeechLLM; a class, as data workers need to pickle it.
 
-    labels   (B, 1 + T), answers and their end, padded on the left; the first label is IGNORE, as
-             each is predicted from the position before
+    answers  token ids of each transcript and its end: lists, as to read them from a GPU is a wait
+    labels   (B, 1 + T), the answers padded on the left; the first label is IGNORE, as each is
+             predicted from the position before
     mel      a log-mel (W, M, F) for each utterance
     lengths  of the audio, in encoder positions (50 a second)
     """
@@ -90,7 +91,7 @@ class Collator:
     limit: str  # whose limit that is, and what to do about it
 
     def __call__(self, utterances: list[Utterance]) -> dict:
-        labels, mels, lengths = [], [], []
+        answers, mels, lengths = [], [], []
         for utterance in utterances:
             audio = utterance.samples
             if audio is None:
@@ -98,23 +99,25 @@ class Collator:
             length = -(-len(audio) // N_SAMPLES_PER_TOKEN)
             answer = self.encode_answer(utterance.text or "")
             self.check_length(utterance, length, answer)
-            labels.append(answer)
+            answers.append(answer)
             mels.append(log_mel(audio, self.n_mels))
             lengths.append(length)
+        labels = [torch.tensor([IGNORE, *answer]) for answer in answers]
         # the labels first, as the Trainer takes B from the first tensor
         return {
             "labels": pad_sequence(labels, True, IGNORE, padding_side="left"),
+            "answers": answers,
             "mel": mels,
             "lengths": lengths,
         }
 
-    def encode_answer(self, text: str) -> Tensor:
-        """Labels (1 + T,). The space makes a word the same tokens wherever it stands."""
+    def encode_answer(self, text: str) -> list[int]:
+        """Token ids and the end. The space makes a word the same tokens wherever it stands."""
         ids = self.tokenizer.encode(f" {text}", add_special_tokens=False)
-        return torch.tensor([IGNORE, *ids, self.end_id])
+        return [*ids, self.end_id]
 
-    def check_length(self, utterance: Utterance, length: int, answer: Tensor) -> None:
-        positions = -(-length // self.stride) + len(answer) - 1
+    def check_length(self, utterance: Utterance, length: int, answer: list[int]) -> None:
+        positions = -(-length // self.stride) + len(answer)
         if positions > self.max_length:
             raise InputError(
                 f"{utterance.path}: audio and transcript take {positions} positions, but at most "

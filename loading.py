@@ -40,6 +40,7 @@ def build(
     attention = choose_attention(bf16, training)
     with PartialState().local_main_process_first():  # one process downloads
         encoder = load_whisper(config.whisper_model_name_or_path).encoder
+    set_precision(encoder, dtype)
     llm, tokenizer = load_llm(config.llm_model_name_or_path, dtype, attention)
     model = SpeechLLM(Encoder(encoder, encoder_cache), llm, tokenizer, config)
     # the sampling and the penalties of a chat go, its stops stay
@@ -251,6 +252,17 @@ def load_whisper(name: str) -> nn.Module:
             f"--whisper_model_name_or_path: {name} is no openai-whisper file "
             f"({reason}); valid names: {', '.join(names)}"
         ) from error
+
+
+def set_precision(encoder: nn.Module, dtype: torch.dtype) -> None:
+    """Keep Whisper's encoder in the precision that it computes in, where it has products.
+
+    Otherwise it would cast its weights in each call. Norms and positions stay in float32, as
+    Whisper computes with them so.
+    """
+    for layer in encoder.modules():
+        if isinstance(layer, nn.Conv1d | nn.Linear):
+            layer.to(dtype)
 
 
 def read_config(path: str, **given) -> Config:

@@ -1,5 +1,6 @@
 """What this machine computes fast."""
 
+import os
 import warnings
 
 import torch
@@ -9,6 +10,17 @@ from accelerate import PartialState
 def get_process() -> PartialState:
     """This process among those of the run, with its device; the CPU if there is no accelerator."""
     return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def choose_workers() -> int:
+    """How many data workers each process of a training has by default.
+
+    An accelerator must not wait for audio; a CPU trains slower than it reads.
+    """
+    if not torch.accelerator.is_available():
+        return 0
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's, on this machine
+    return min(4, (os.cpu_count() or 1) // processes)
 
 
 def choose_bf16(wanted: bool) -> bool:

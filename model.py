@@ -19,11 +19,12 @@ from transformers import LogitsProcessor
 
 from cache import Encoder
 from command import InputError
-from ctc import ctc_loss, drop_blanks
+from ctc import ctc_loss, drop_blanks, send
 from data import IGNORE, Collator
 from prompt import build_prompt
 
 FORMAT = 5  # of projector files; raised when older code must not read newer files
+ROWS = 8192  # of the embeddings that are looked at together
 
 
 @dataclass
@@ -61,7 +62,7 @@ class Projector(nn.Module):
 class SpeechLLM(nn.Module):
     """An LLM that reads speech within its prompt; only the projector learns.
 
-    A batch is data.Collator's: labels (B, 1 + T), mel, lengths.
+    A batch is data.Collator's: labels (B, 1 + T), answers, mel, lengths.
     """
 
     accepts_loss_kwargs = True  # so that the Trainer passes num_items_in_batch
@@ -85,14 +86,17 @@ class SpeechLLM(nn.Module):
     def embed_text(self, ids: list[int]) -> Tensor:
         """The LLM's input embeddings (T, D) of token ids."""
         # a call of the module: under ZeRO-3 only that gathers its weights
-        return self.llm.get_input_embeddings()(torch.tensor(ids, device=self.llm.device))
+        return self.llm.get_input_embeddings()(send(torch.tensor(ids), self.llm.device))
 
     @cached_property
     def embedding_rms(self) -> float:
         """Of the embeddings as the LLM reads them, which in Gemma is not as they are stored."""
         vocabulary = range(self.llm.get_input_embeddings().num_embeddings)
-        mean_square = self.embed_text(vocabulary).square().mean(dtype=torch.float32)
-        return mean_square.sqrt().item()
+        total = 0.0
+        for start in vocabulary[::ROWS]:  # in float32 all of a large LLM's would fill gigabytes
+            embedded = self.embed_text(vocabulary[start : start + ROWS]).float()
+            total += embedded.square().mean(1).sum()
+        return (total / len(vocabulary)).sqrt().item()
 
     def encode(self, mel: list[Tensor]) -> list[Tensor]:
         """Log-mels (W, M, F) -> encoder outputs (W * F / 2, C) of each utterance."""
@@ -100,7 +104,7 @@ class SpeechLLM(nn.Module):
         for frames in {x.shape[2] for x in mel}:  # windows of one size go through it together
             indices = [i for i, x in enumerate(mel) if x.shape[2] == frames]
             windows = torch.cat([mel[i] for i in indices])
-            encoded = self.encoder(windows.to(self.llm.dtype))
+            encoded = self.encoder(windows)
             counts = [len(mel[i]) for i in indices]
             for i, x in zip(indices, encoded.split(counts)):
                 outputs[i] = x.flatten(0, 1)
@@ -144,16 +148,17 @@ class SpeechLLM(nn.Module):
         """CTC's loss (B,) of answers, less their blanks and ends."""
         targets = []
         for answer in answers:
-            ids = [i for i in answer if i != self.blank_id and i not in self.stop_ids]
-            targets.append(torch.tensor(ids, dtype=torch.long, device=audio[0].device))
+            targets.append([i for i in answer if i != self.blank_id and i not in self.stop_ids])
         embeddings = self.llm.get_input_embeddings()
         typical = self.embedding_rms**2 * embeddings.embedding_dim  # product with itself
         scale = self.speech_config.ctc_sharpness / typical
         return ctc_loss(audio, targets, embeddings, self.blank_id, scale, **options)
 
-    def llm_loss(self, audio: list[Tensor], labels: Tensor, num_items) -> Tensor:
+    def llm_loss(
+        self, audio: list[Tensor], answers: list[list[int]], labels: Tensor, num_items
+    ) -> Tensor:
         """The LLM's loss of the answers alone: their sum over `num_items`."""
-        inputs = self.build_inputs(self.drop_blanks(audio), list_answers(labels))
+        inputs = self.build_inputs(self.drop_blanks(audio), answers)
         positions = inputs["attention_mask"].cumsum(1) - 1
         # answers stand at the end of every row, so that nothing else needs logits; indices, as a
         # slice is not contiguous, and a CPU would copy the classifier B times
@@ -168,7 +173,7 @@ class SpeechLLM(nn.Module):
         return output.loss
 
     def forward(
-        self, labels, mel, lengths, num_items_in_batch=None, ctc_weight=0.0, ctc_only=False
+        self, labels, answers, mel, lengths, num_items_in_batch=None, ctc_weight=0.0, ctc_only=False
     ) -> dict[str, Tensor]:
         """Losses in nats a token: means over `num_items_in_batch` labels, or over the batch's own.
 
@@ -180,30 +185,30 @@ class SpeechLLM(nn.Module):
         if num_items is None:
             num_items = (labels != IGNORE).sum()
         if not self.training:
-            loss = self.llm_loss(audio, labels, num_items)
+            loss = self.llm_loss(audio, answers, labels, num_items)
             return {
                 "loss": loss,
-                "listening_gap": self.listening_gap(audio, labels, num_items, loss),
+                "listening_gap": self.listening_gap(audio, answers, labels, num_items, loss),
             }
 
         losses = {}
         loss = 0.0
         if ctc_weight > 0:
-            ctc = self.ctc_loss(audio, list_answers(labels), zero_infinity=True)
+            ctc = self.ctc_loss(audio, answers, zero_infinity=True)
             losses["ctc_loss"] = ctc.sum() / num_items
             loss = loss + ctc_weight * losses["ctc_loss"]
         if not ctc_only:
-            losses["llm_loss"] = self.llm_loss(audio, labels, num_items)
+            losses["llm_loss"] = self.llm_loss(audio, answers, labels, num_items)
             loss = loss + losses["llm_loss"]
         return {"loss": loss, **losses}
 
-    def listening_gap(self, audio, labels, num_items, loss: Tensor) -> Tensor:
+    def listening_gap(self, audio, answers, labels, num_items, loss: Tensor) -> Tensor:
         """What the loss rises by without the right audio, in nats a token: (B,), all the same.
 
         Each utterance is given the audio of the one before it. NaN in a batch of one.
         """
         # computed there, too: under ZeRO-3 processes must call the LLM equally often
-        swapped = self.llm_loss(audio[-1:] + audio[:-1], labels, num_items)
+        swapped = self.llm_loss(audio[-1:] + audio[:-1], answers, labels, num_items)
         gap = (swapped - loss) * num_items / (labels != IGNORE).sum()
         if len(audio) == 1:
             gap = gap * torch.nan
@@ -303,11 +308,6 @@ class EndAtLimit(LogitsProcessor):
         is_end = torch.arange(scores.shape[1], device=scores.device) == self.end_id
         may_go_on = input_ids.shape[1] < self.limits.to(scores.device) - 1
         return scores.where(is_end | may_go_on, -torch.inf)
-
-
-def list_answers(labels: Tensor) -> list[list[int]]:
-    """Token ids of the answers in labels (B, 1 + T)."""
-    return [row[row != IGNORE].tolist() for row in labels]
 
 
 def expect_the_projector_alone(module: nn.Module, keys) -> None:

@@ -45,7 +45,13 @@ def recognize(
     waiting = iter(ordered)
     accelerator = Accelerator()
     collator = model.collator()
-    loader = DataLoader(ordered, batch_size, collate_fn=collator, num_workers=num_workers)
+    loader = DataLoader(
+        ordered,
+        batch_size,
+        collate_fn=collator,
+        num_workers=num_workers,
+        pin_memory=torch.accelerator.is_available(),
+    )
     start = time.perf_counter()
     for batch in tqdm(accelerator.prepare(loader)):
         with torch.no_grad():

@@ -5,7 +5,7 @@
         --whisper_model_name_or_path WHISPER.pt [MORE ARGUMENTS OF train.py]
 
 `table` counts parameters from the models' shapes, without weights: the LLM in bfloat16 in equal
-shares, its largest module whole, the encoder in float32, and the projector with gradients and
+shares, its largest module whole, the encoder in bfloat16, and the projector with gradients and
 Adam's states. Activations come on top.
 
 `measure` trains eight steps with one process, with two, and with two under ZeRO-3, and prints what
@@ -87,7 +87,7 @@ def make_table() -> str:
             for gpus in GPUS:
                 shared = (2 * count(llm) + 16 * projector) / gpus
                 gathered = 2 * max(leaves) if gpus > 1 else 0
-                total = shared + gathered + 4 * count(encoder)
+                total = shared + gathered + 2 * count(encoder)
                 row[f"{gpus} GPU, GiB each"] = f"{total / GIB:.1f}"
             table.append(row)
     return format_table(table)

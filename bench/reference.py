@@ -32,7 +32,10 @@ class Reference(nn.Module):
         """mel (B, M, F); ids (B, T) of the chats, padded; ask (B, T) of the chats to answer."""
         mel, chats = [], []
         for utterance in utterances:
-            window = pad_or_trim(load_audio(utterance.path))
+            audio = utterance.samples
+            if audio is None:
+                audio = load_audio(utterance.path)
+            window = pad_or_trim(audio)
             mel.append(log_mel_spectrogram(window, self.encoder.conv1.in_channels))
             chat = [
                 {"role": "system", "content": "You are a helpful assistant."},

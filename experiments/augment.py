@@ -2,13 +2,15 @@
 
     python -m experiments.augment select --data_path in.jsonl --output_path out.jsonl
     python -m experiments.augment speed --data_path in.jsonl --output_dir copies --factors 0.88 1.12
+    python -m experiments.augment join --data_path in.jsonl --output_dir joined --seconds 20 28
     python -m experiments.augment write --llm_model_name_or_path LLM --output_path text.txt
     python -m experiments.augment speak --text_path text.txt --output_dir spoken
 
 `select` makes transcripts lower-case without punctuation, and leaves utterances out. `speed` copies
-utterances faster or slower, and so higher or lower. `write` lets the LLM write short sentences
-around words of its own vocabulary. `speak` lets the demo's offline voice say them, and some
-numbers, at different speeds and pitches with a little noise. `speed` and `speak` end in
+utterances faster or slower, and so higher or lower. `join` makes long utterances of neighbours in
+the manifest that have the same `spk`. `write` lets the LLM write short sentences around words of
+its own vocabulary. `speak` lets the demo's offline voice say them, and some numbers, at different
+speeds and pitches with a little noise. `speed`, `join` and `speak` end in
 OUTPUT_DIR/manifest.jsonl.
 """
 
@@ -31,7 +33,7 @@ from whisper.audio import SAMPLE_RATE
 from command import InputError, parse_arguments, run_command
 from data import load_audio
 from machine import choose_bf16
-from manifest import read_manifest
+from manifest import Utterance, read_manifest
 
 SEED = 0
 TASKS = [
@@ -45,6 +47,7 @@ STORIES = 128  # written at once
 SENTENCE = re.compile(r"[^.!?\n:\"]+[.!?]")
 PLAIN_ENGLISH = re.compile(r"[A-Za-z' ,.!?;-]+")
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+PAUSE = np.zeros(SAMPLE_RATE * 3 // 10, np.float32)  # between joined utterances
 PITCHES = [0.85, 0.93, 1.0, 1.1, 1.2, 1.3]
 
 
@@ -62,6 +65,15 @@ class SpeedArguments:
     data_path: list[str] = HfArg(help="JSONL manifests.")
     output_dir: Path = HfArg(help="Where the copies and their manifest go.")
     factors: list[float] = HfArg(help="Speeds; each makes a copy of every utterance.")
+
+
+@dataclass
+class JoinArguments:
+    data_path: list[str] = HfArg(help="JSONL manifests.")
+    output_dir: Path = HfArg(help="Where the long utterances and their manifest go.")
+    seconds: list[float] = HfArg(help="How long they are at least, and at most.")
+    count: int = HfArg(default=500, help="How many of them, drawn at random.")
+    lower: bool = HfArg(default=True, help="Make transcripts lower-case without punctuation.")
 
 
 @dataclass
@@ -85,7 +97,7 @@ def select(args: SelectArguments) -> None:
         plain = make_plain(utterance.text)
         if plain and utterance.duration <= args.longest:
             text = plain if args.lower else utterance.text
-            rows.append({"wav": str(Path(utterance.path).resolve()), "txt": text})
+            rows.append({**utterance.row, "wav": str(Path(utterance.path).resolve()), "txt": text})
     write_manifest(args.output_path, rows[:: args.every])
 
 
@@ -116,6 +128,42 @@ def speed(args: SpeedArguments) -> None:
             save_audio(args.output_dir / name, copy)
             rows.append({"wav": name, "txt": utterance.text})
     write_manifest(args.output_dir / "manifest.jsonl", rows)
+
+
+def join(args: JoinArguments) -> None:
+    """Write neighbours of a speaker as one utterance each, and their manifest."""
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    groups = group_neighbours(read_manifest(args.data_path), *args.seconds)
+    random.Random(SEED).shuffle(groups)
+    rows = []
+    for i, group in enumerate(tqdm(groups[: args.count], str(args.output_dir))):
+        audio, texts = [], []
+        for utterance in group:
+            audio += [load_audio(utterance.path), PAUSE]
+            texts.append(utterance.text)
+        text = " ".join(texts)
+        save_audio(args.output_dir / f"{i:05}.flac", np.concatenate(audio[:-1]))
+        rows.append({"wav": f"{i:05}.flac", "txt": make_plain(text) if args.lower else text})
+    write_manifest(args.output_dir / "manifest.jsonl", rows)
+
+
+def group_neighbours(
+    utterances: list[Utterance], least: float, most: float
+) -> list[list[Utterance]]:
+    """Neighbours that one `spk` has spoken, of `least` to `most` seconds together."""
+    groups, group, seconds = [], [], 0.0
+    for utterance in utterances:
+        speaker = utterance.row.get("spk")
+        if group and (speaker != group[-1].row["spk"] or seconds + utterance.duration > most):
+            group, seconds = [], 0.0
+        if speaker is None:
+            continue
+        group.append(utterance)
+        seconds += utterance.duration + len(PAUSE) / SAMPLE_RATE
+        if seconds >= least:
+            groups.append(group)
+            group, seconds = [], 0.0
+    return groups
 
 
 def save_audio(path: Path, audio: np.ndarray) -> None:
@@ -215,6 +263,7 @@ def speak(args: SpeakArguments) -> None:
 COMMANDS = {
     "select": (SelectArguments, select),
     "speed": (SpeedArguments, speed),
+    "join": (JoinArguments, join),
     "write": (WriteArguments, write),
     "speak": (SpeakArguments, speak),
 }

@@ -136,6 +136,23 @@ def test_copies_are_faster_and_slower(paths, tmp_path):
     assert fast == pytest.approx(0.5 / 1.25, abs=0.01)
 
 
+def test_neighbours_of_a_speaker_are_joined_to_long_utterances(tmp_path):
+    # seconds and speakers, in the manifest's order
+    spoken = [(1, "a"), (1, "a"), (1, "a"), (1, "b"), (3, "b"), (1, None), (1, "c"), (1, "c")]
+    rows = []
+    for i, (seconds, speaker) in enumerate(spoken):
+        wav = tiny.make_sound(tmp_path / f"{i}.wav", seconds, 300)
+        row = {"wav": str(wav), "txt": f"{'abcdefgh'[i]}!"}
+        if speaker:
+            row["spk"] = speaker
+        rows.append(row)
+    augment.write_manifest(tmp_path / "in.jsonl", rows)
+    command = f"join --data_path {tmp_path}/in.jsonl --output_dir {tmp_path}/joined"
+    augment.main([*command.split(), "--seconds", "2", "3"])
+    joined = read_manifest([f"{tmp_path}/joined/manifest.jsonl"])
+    assert {x.text: x.duration for x in joined} == {"a b": 2.3, "e": 3.0, "g h": 2.3}
+
+
 def test_sentences_are_found_in_what_an_llm_writes():
     story = 'Tom said: "Go home!" He went. Why? In 1990 it rained. ' + "So " * 13 + "on."
     assert augment.find_sentences(story) == ["go home", "he went"]

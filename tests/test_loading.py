@@ -15,9 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config
 
+from cache import Encoder
 from command import InputError
 from data import load_audio
-from loading import build, load
+from loading import build, load, load_whisper, set_precision
 from manifest import read_duration, read_manifest
 from model import Config
 
@@ -158,6 +159,16 @@ def save_llm(model, folder):
     model.llm.save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)
     return replace(model.speech_config, llm_model_name_or_path=str(folder))
+
+
+def test_the_encoder_is_kept_in_the_precision_it_computes_in_with_the_same_outputs(paths):
+    encoder = load_whisper(paths.whisper).encoder
+    windows = torch.randn(2, 80, 100, generator=torch.manual_seed(0)).bfloat16()
+    cast_in_each_call = Encoder(encoder).compute(windows)
+    set_precision(encoder, torch.bfloat16)
+    assert encoder.conv1.weight.dtype == encoder.blocks[0].mlp[0].weight.dtype == torch.bfloat16
+    assert encoder.ln_post.weight.dtype == torch.float32
+    assert torch.equal(Encoder(encoder)(windows.float()), cast_in_each_call)
 
 
 def test_an_llm_without_a_chat_template_is_refused_until_it_has_one(paths, tmp_path):

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from command import InputError
 from data import IGNORE
 from manifest import read_manifest
-from model import Projector, list_answers
+from model import Projector
 
 FAMILIES = ["qwen", "llama", "gemma"]
 # those whose attention depends on where a row begins, with windows shorter than any row
@@ -37,10 +37,10 @@ def utterances(paths):
 
 
 def embed(model, utterances):
-    """Audio and labels of utterances."""
+    """Audio of utterances, and their batch."""
     batch = model.collator()(utterances)
     audio = model.embed_audio(batch["mel"], batch["lengths"])
-    return audio, batch["labels"]
+    return audio, batch
 
 
 def run(model, utterances, **options):
@@ -177,11 +177,12 @@ def test_the_ctc_loss_leaves_out_spaces_and_the_end_and_is_scaled_by_the_embeddi
 
 
 def test_the_training_loss_is_the_weighted_sum_of_both(model, utterances):
-    audio, labels = embed(model, utterances)
+    audio, batch = embed(model, utterances)
+    labels, answers = batch["labels"], batch["answers"]
     count = (labels != IGNORE).sum()
-    losses = model.ctc_loss(audio, list_answers(labels))
+    losses = model.ctc_loss(audio, answers)
     ctc = losses.sum() / count
-    llm = model.llm_loss(audio, labels, count)
+    llm = model.llm_loss(audio, answers, labels, count)
     both = run(model, utterances, ctc_weight=0.3)
     assert close(both["llm_loss"], llm)
     assert close(both["ctc_loss"], ctc)
@@ -211,9 +212,10 @@ def test_logits_for_labels_alone_give_the_full_loss_and_gradients(paths, utteran
     assert sizes == [1 + len(" left") + 1]
     kept = gradient_of(model, loss)
 
-    audio, labels = embed(model, utterances)
+    audio, batch = embed(model, utterances)
+    labels = batch["labels"]
     shown = model.drop_blanks(audio)
-    inputs = model.build_inputs(shown, list_answers(labels))
+    inputs = model.build_inputs(shown, batch["answers"])
     positions = inputs["attention_mask"].cumsum(1) - 1
     inputs["position_ids"] = positions.clamp(min=0)
     logits = model.llm(**inputs).logits
@@ -290,7 +292,7 @@ def test_the_listening_gap_is_the_loss_with_the_audio_of_others_less_the_loss(mo
     first, second, third = utterances[:3]
     batch = model.collator()([first, second, third])
     others = model.collator()([third, first, second])
-    others["labels"] = batch["labels"]
+    others["labels"], others["answers"] = batch["labels"], batch["answers"]
     out = model(**batch)
     swapped = model(**others)
     gap = swapped["loss"] - out["loss"]
@@ -403,7 +405,7 @@ def test_beams_compete_by_probability_and_not_by_its_mean_a_token(model, utteran
         while ids[count - 1] not in stops:
             count += 1
         labels = torch.tensor([[IGNORE, *ids[:count]]])
-        loss = model.llm_loss(audio, labels, 1)
+        loss = model.llm_loss(audio, [ids[:count]], labels, 1)
         assert close(score, -loss, atol=1e-3)
         counts.add(count)
     assert len(counts) > 2
