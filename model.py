@@ -244,7 +244,12 @@ class SpeechLLM(nn.Module):
         if num_beams > 1:
             scores = output.sequences_scores.view(-1, num_beams)
             best = self.choose(audio, hypotheses, scores)
-        return [[i for i in row if i not in self.stop_ids] for row in best.tolist()]
+        answers = []
+        for row, positions in zip(best.tolist(), heard):
+            answer = [i for i in row if i not in self.stop_ids]
+            # an LLM that is shown no audio makes something up
+            answers.append(answer if len(positions) else [])
+        return answers
 
     def choose(self, audio: list[Tensor], hypotheses: Tensor, llm_scores: Tensor) -> Tensor:
         """Of each beam (B, N, T) the hypothesis (B, T) that is best for the LLM and CTC together.
@@ -259,9 +264,15 @@ class SpeechLLM(nn.Module):
 
     def collator(self, model_max_length: int | None = None) -> Collator:
         """The collator for this model, which allows no more positions than flag and LLM do."""
-        room = getattr(self.llm.config, "max_position_embeddings", torch.inf)
+        name = "max_position_embeddings"
+        room = getattr(self.llm.config, name, torch.inf)
+        rope = getattr(self.llm.config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":
+            # beyond it one long row makes the LLM read all rows of its batch in another way
+            name = f"original_{name}"
+            room = rope[name]
         room -= len(self.before) + len(self.after)
-        limit = "the LLM's max_position_embeddings, less the prompt: take another LLM"
+        limit = f"the LLM's {name}, less the prompt: take another LLM"
         if model_max_length is not None and model_max_length <= room:
             room, limit = model_max_length, "--model_max_length: raise it"
         n_mels, stride = self.encoder.n_mels, self.projector.stride
