@@ -15,7 +15,7 @@ USAGE = "usage: python demo/report.py sentences COUNT RESULT.jsonl... | training
 
 
 def format_sentences(results: dict[str, list[dict]], count: int) -> str:
-    """`count` sentences, with the hypothesis of each result by name, and a blank line after each."""
+    """`count` sentences, each with the hypothesis of every result, and a blank line after it."""
     width = max(len(name) for name in ["said", *results])
     lines = []
     for rows in list(zip(*results.values()))[:count]:

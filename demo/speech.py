@@ -3,7 +3,7 @@
     python demo/speech.py demo/speech
 
 writes demo/speech/{train,dev,test}.jsonl with their audio. Sentences are drawn with a fixed seed,
-and no sentence is in two sets. What is there already is kept, and so a run that was stopped goes on.
+and no sentence is in two sets. What is there already is kept, so that a stopped run goes on.
 """
 
 import json
