@@ -87,9 +87,10 @@ def test_a_model_whose_conversion_was_stopped_is_made_from_the_wheels_that_are_t
 
 
 def test_the_report_shows_sentences_side_by_side_and_how_training_went(tmp_path):
-    for name, words in {"before": ["goo", "no"], "after": ["go", "no"]}.items():
-        lines = [json.dumps({"txt": txt, "hyp": hyp}) for txt, hyp in zip(["go", "no"], words)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    second = json.dumps({"txt": "no", "hyp": "no"})
+    for name, hypothesis in {"before": "goo", "after": "go"}.items():
+        first = json.dumps({"txt": "go", "hyp": hypothesis})
+        (tmp_path / f"{name}.jsonl").write_text(f"{first}\n{second}\n")
     command = [sys.executable, ROOT / "demo" / "report.py"]
     shown = subprocess.check_output(
         [*command, "sentences", "1", "before.jsonl", "after.jsonl"], cwd=tmp_path, text=True
