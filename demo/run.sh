@@ -15,7 +15,7 @@ case "$*" in
     "")
         trained=demo/exp/trained
         training="training the projector that ships on these commands: 2 minutes; without AVX-512 4"
-        start=(--projector_model_path $shipped --max_steps 120 --save_steps 20 --eval_steps 40)
+        start=(--projector_model_path $shipped --max_steps 120 --save_steps 20 --eval_steps 60)
         start+=(--ctc_first 0.4 --eval_on_start True)
         ;;
     --from-scratch)
@@ -60,7 +60,7 @@ step "speech: 1,140 spoken commands by an offline voice, 40 s"
 .venv/bin/python demo/speech.py demo/speech
 
 step "100 test sentences, none of them in the training set, before training: 30 s"
-recognize $shipped demo/speech/test.jsonl demo/exp/before --num_beams 1
+recognize $shipped demo/speech/test.jsonl demo/exp/before
 
 step "$training"
 echo "loss and listening gap are in nats a token; WER is of 20 sentences that training never sees"
@@ -77,7 +77,7 @@ fi
 .venv/bin/python demo/report.py training $trained/trainer_state.json
 
 step "the same 100 test sentences after training: 20 s"
-recognize $trained/model.safetensors demo/speech/test.jsonl $trained/after --num_beams 1
+recognize $trained/model.safetensors demo/speech/test.jsonl $trained/after
 
 step "said, recognised before training, and after it"
 .venv/bin/python demo/report.py sentences 3 demo/exp/before.jsonl $trained/after.jsonl
