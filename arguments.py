@@ -7,10 +7,11 @@ from typing import Literal
 
 import torch
 import transformers
+from accelerate.utils import is_deepspeed_available
 from transformers.hf_argparser import HfArg
 
 from command import InputError
-from machine import choose_bf16, choose_workers
+from machine import choose_bf16, choose_workers, has_fast_bf16
 
 
 @dataclass(kw_only=True)
@@ -97,6 +98,8 @@ class TrainingArguments(transformers.TrainingArguments):
             raise InputError("--eval_hypotheses needs --eval_data_path")
         if self.eval_strategy != "no" and not self.eval_data_path:
             raise InputError(f"--eval_strategy {self.eval_strategy} needs --eval_data_path")
+        if self.deepspeed and not is_deepspeed_available():
+            raise InputError("--deepspeed needs a package that is not there: pip install deepspeed")
         if self.fp16:
             warnings.warn("--fp16: Qwen overflows in it (grad_norm nan); use --bf16", stacklevel=2)
         self.bf16 = choose_bf16(self.bf16)  # before autocast and ZeRO's settings follow from it
@@ -158,8 +161,8 @@ class RecognitionArguments(ScoringArguments):
         help="Most tokens of a hypothesis; by default as many as its audio allows.",
     )
     bf16: bool = HfArg(
-        default=torch.accelerator.is_available(),
-        help="Whether to compute in bfloat16, not in float32.",
+        default=has_fast_bf16(),
+        help="Whether to compute in bfloat16; by default where that is faster than float32.",
     )
     encoder_cache: str | None = HfArg(
         default=None,

@@ -1,12 +1,26 @@
-"""Which checkpoint a training goes on from, and what DeepSpeed puts into one."""
+"""Which checkpoint a training goes on from, and what it and DeepSpeed put into one."""
 
 import os
 import warnings
 from functools import partialmethod
 from pathlib import Path
 
+from transformers import TrainerCallback
+
 from arguments import TrainingArguments
 from command import InputError
+from machine import name_arithmetic
+
+ARITHMETIC = "arithmetic.txt"  # a checkpoint's file with what its last bits depend on
+
+
+class NoteArithmetic(TrainerCallback):
+    """Adds that file to each checkpoint."""
+
+    def on_save(self, args, state, control, **options):
+        if args.should_save:
+            checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            (checkpoint / ARITHMETIC).write_text(name_arithmetic(args.bf16))
 
 
 def find_checkpoint(args: TrainingArguments) -> str | None:
@@ -45,7 +59,23 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
             "--gradient_accumulation_steps is the same",
             stacklevel=2,
         )
+    warn_of_other_arithmetic(Path(checkpoint), args.bf16)
     return checkpoint
+
+
+def warn_of_other_arithmetic(checkpoint: Path, bf16: bool) -> None:
+    """A warning where the checkpoint is of another kind of processor, or of another precision."""
+    here = name_arithmetic(bf16)
+    try:
+        found = (checkpoint / ARITHMETIC).read_text()
+    except FileNotFoundError:  # a stop came before it
+        return
+    if found != here:
+        warnings.warn(
+            f"{checkpoint} was computed by {found}, and this run is by {here}: it goes on, but no "
+            "longer bit for bit",
+            stacklevel=2,
+        )
 
 
 def start_deepspeed(use_cpu: bool) -> None:

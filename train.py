@@ -18,7 +18,7 @@ from accelerate.utils import GatheredParameters
 
 import scoring
 from arguments import TrainingArguments
-from checkpoints import find_checkpoint, start_deepspeed
+from checkpoints import NoteArithmetic, find_checkpoint, start_deepspeed
 from command import InputError, parse_arguments, run_command
 from data import by_length
 from loading import build, read_config
@@ -107,6 +107,7 @@ def train(args: TrainingArguments, config: Config, checkpoint: str | None) -> No
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         compute_metrics=measure,
+        callbacks=[NoteArithmetic()],
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()

@@ -4,7 +4,7 @@ import json
 import os
 import random
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -15,12 +15,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config
 
+from arguments import RecognitionArguments
 from cache import Encoder
 from command import InputError
 from data import load_audio
 from loading import build, load, load_whisper, set_precision
+from machine import has_fast_bf16
 from manifest import read_duration, read_manifest
 from model import Config
+from tools import transcribe
 
 
 @pytest.fixture
@@ -349,6 +352,12 @@ def test_bfloat16_is_used_where_the_processor_has_it_and_else_warns(config, monk
         with pytest.warns(UserWarning, match="emulates bfloat16.*computing in float32"):
             model = build(config, bf16=True)
         assert model.llm.dtype == torch.float32
+
+
+@pytest.mark.parametrize("flags", [RecognitionArguments, transcribe.Arguments])
+def test_recognition_takes_bfloat16_by_itself_where_it_is_fast(flags):
+    default = {field.name: field.default for field in fields(flags)}["bf16"]
+    assert default == has_fast_bf16()
 
 
 def mutate(content, rng):

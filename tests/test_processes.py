@@ -163,7 +163,7 @@ def test_a_checkpoint_whose_optimizer_would_be_lost_is_refused(tmp_path, found, 
             (tmp_path / name / f"rng_state_{process}.pth").touch()
         if found[1]:
             (tmp_path / name / "global_step9").mkdir()
-    args = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=None)
+    args = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=None, bf16=False)
     args.world_size, args.deepspeed = here[0], "zero.json" if here[1] else None
     checkpoint = str(tmp_path / "checkpoint-9")
     with warnings.catch_warnings(record=True) as warned:

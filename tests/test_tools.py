@@ -101,7 +101,7 @@ def test_files_and_folders_are_printed_with_their_texts(projector, model, tmp_pa
         make_sound(file, pitch)
     (folder / "notes.txt").write_text("no audio")
     command = [sys.executable, "-m", "tools.transcribe", "--projector_model_path", projector]
-    command += ["--num_beams", "2", "--wav", files[0], str(folder)]
+    command += ["--num_beams", "2", "--bf16", "False", "--wav", files[0], str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     texts = transcribe(model, files, 2)

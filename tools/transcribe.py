@@ -31,7 +31,7 @@ from arguments import check_positive
 from command import InputError, parse_arguments, run_command
 from data import check_samples, load_audio
 from loading import load
-from machine import get_process
+from machine import get_process, has_fast_bf16
 from manifest import Utterance, read_duration
 from model import SpeechLLM
 from recognize import recognize
@@ -54,7 +54,8 @@ class Arguments:
     num_beams: int = HfArg(default=3, help="Beam width; 1 is greedy.")
     batch_size: int = HfArg(default=8, help="How many pieces of audio are recognised at once.")
     bf16: bool = HfArg(
-        default=torch.accelerator.is_available(), help="Compute in bfloat16, not in float32."
+        default=has_fast_bf16(),
+        help="Whether to compute in bfloat16; by default where that is faster than float32.",
     )
     llm_model_name_or_path: str | None = HfArg(
         default=None, help="Where the LLM is now, if it is not where training found it."
