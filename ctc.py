@@ -67,3 +67,52 @@ def ctc_loss(
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor's copy on the device, for which the CPU does not wait until the device is idle."""
     return tensor.to(device, non_blocking=True)
+
+
+def align(
+    audio: Tensor, target: list[int], embeddings: nn.Embedding, blank_id: int
+) -> list[tuple[int, int]] | None:
+    """Where each token of `target` is spoken in audio (A, D): its first position, and one past its last.
+
+    This is the most probable alignment (Viterbi). The softmax needs no other classes, as their sum
+    is the same for all alignments. None if the target has more tokens than the audio has positions,
+    or as many, one of them doubled.
+    """
+    tokens = torch.tensor([blank_id, *target])
+    rows = embeddings(send(tokens, audio.device))
+    logits = (audio.to(rows.dtype) @ rows.T).float().cpu()  # (A, 1 + T)
+    # blank, first token, blank, second token, ... blank: of each state its column of the logits
+    columns = [0]
+    for column in range(1, len(tokens)):
+        columns += [column, 0]
+    states = len(columns)
+    logits = logits[:, columns]  # (A, states)
+    # a blank may be left out between two tokens that differ
+    may_skip = torch.zeros(states, dtype=torch.bool)
+    may_skip[3::2] = tokens[2:] != tokens[1:-1]
+
+    best = torch.full([states], -torch.inf)
+    best[:2] = logits[0, :2]
+    steps = []  # for each position after the first, how many states back each state comes from
+    for position in logits[1:]:
+        one_back = nn.functional.pad(best[:-1], (1, 0), value=-torch.inf)
+        two_back = nn.functional.pad(best[:-2], (2, 0), value=-torch.inf)[:states]
+        two_back = two_back.where(may_skip, -torch.inf)
+        best, step = torch.stack([best, one_back, two_back]).max(0)
+        best = best + position
+        steps.append(step.to(torch.uint8))
+
+    ends = best[-2:]  # in the last token, or in the blank behind it
+    if ends.max() == -torch.inf:
+        return None
+    state = states - len(ends) + int(ends.argmax())
+    path = [state]
+    for step in reversed(steps):
+        state -= int(step[state])
+        path.append(state)
+    path.reverse()
+    spans = []
+    for state in range(1, states, 2):
+        first = path.index(state)
+        spans.append((first, first + path.count(state)))
+    return spans
