@@ -72,7 +72,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 def align(
     audio: Tensor, target: list[int], embeddings: nn.Embedding, blank_id: int
 ) -> list[tuple[int, int]] | None:
-    """Where each token of `target` is spoken in audio (A, D): its first position, and one past its last.
+    """Where each token of `target` is spoken in audio (A, D): (first position, one past the last).
 
     This is the most probable alignment (Viterbi). The softmax needs no other classes, as their sum
     is the same for all alignments. None if the target has more tokens than the audio has positions,

@@ -54,12 +54,12 @@ def time_words(model: SpeechLLM, audio: Tensor, mel: Tensor, text: str) -> list[
 
 
 def find_loud(mel: Tensor, count: int, stride: int) -> list[bool]:
-    """Whether each of the first `count` positions of a log-mel (W, M, F) is loud, for this audio."""
+    """Whether each of the first `count` positions of a log-mel (W, M, F) is loud, within it."""
     frames = mel.mean(dim=1).flatten()  # (W * F,)
     size = stride * FRAMES_PER_TOKEN
     levels = torch.stack([part.mean() for part in frames.split(size)[:count]]).float().cpu()
     quiet, loud = levels.quantile(torch.tensor([0.05, 0.9]))
-    return (levels > quiet + LOUD * (loud - quiet)).tolist()
+    return (levels >= quiet + LOUD * (loud - quiet)).tolist()
 
 
 def split_words(tokenizer, ids: list[int]) -> list[tuple[str, list[int]]]:
@@ -83,4 +83,4 @@ def split_words(tokenizer, ids: list[int]) -> list[tuple[str, list[int]]]:
                 word, word_ids = words.pop()
         words.append((f"{word}{piece}".strip(), word_ids + waiting))
         said, waiting = text, []
-    return words
+    return [(word, word_ids) for word, word_ids in words if word]

@@ -7,6 +7,8 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import BinaryIO
 
 import numpy as np
 import soundfile
@@ -22,12 +24,16 @@ SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", "
 # what ffmpeg is asked for; a playlist among them would make it open other files
 FFMPEG_SUFFIXES = (".m4a", ".mp4", ".mov", ".3gp", ".aac", ".webm", ".mkv", ".mka", ".wma", ".amr")
 FFMPEG_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,aac,matroska,webm,asf,amr,mp3,ogg,flac,wav"
+STANDARD_INPUT = "-"
 PIECE = 10 * SAMPLE_RATE  # samples, at most, of the pieces of audio over 30 s
 QUIET = SAMPLE_RATE // 5  # samples over which loudness is measured
 
 
 def list_files(paths: list[str]) -> list[str]:
-    """The audio files among the paths and, in the order of names, in the folders among them."""
+    """The audio files among the paths and, in the order of names, in the folders among them.
+
+    "-", standard input, stays.
+    """
     files = []
     for path in map(Path, paths):
         if path.is_dir():
@@ -36,7 +42,7 @@ def list_files(paths: list[str]) -> list[str]:
                 suffixes = ", ".join(SUFFIXES + FFMPEG_SUFFIXES)
                 raise InputError(f"--wav: no audio in {path}; wanted {suffixes}")
             files.extend(found)
-        elif path.is_file():
+        elif str(path) == STANDARD_INPUT or path.is_file():
             files.append(path)
         else:
             raise InputError(f"--wav: no such file or folder: {path}")
@@ -60,6 +66,18 @@ def read_audio(path: str) -> np.ndarray:
         return convert(path, error)
 
 
+def read_stream(stream: BinaryIO, name: str) -> np.ndarray:
+    """The audio (S,) of a file's content; errors call it by its name."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "audio")
+        with path.open("wb") as file:
+            shutil.copyfileobj(stream, file)
+        try:
+            return read_audio(str(path))
+        except InputError as error:
+            raise InputError(str(error).replace(str(path), name)) from None
+
+
 def is_known(path: str) -> bool:
     """Whether libsndfile knows the format, or there is no file."""
     try:
@@ -69,6 +87,14 @@ def is_known(path: str) -> bool:
     return True
 
 
+def guess_duration(path: str) -> float:
+    """Seconds of audio by the header of a file; 0 where libsndfile knows none."""
+    try:
+        return soundfile.info(path).duration
+    except (RuntimeError, TypeError):
+        return 0.0
+
+
 def convert(path: str, reason: InputError) -> np.ndarray:
     """A file's audio (S,) by ffmpeg, which libsndfile does not read for a `reason`."""
     program = shutil.which("ffmpeg")
@@ -76,7 +102,8 @@ def convert(path: str, reason: InputError) -> np.ndarray:
         raise InputError(f"{reason} Install ffmpeg to read m4a, webm, wma and others.")
     command = [program, "-nostdin", "-v", "error", "-format_whitelist", FFMPEG_FORMATS]
     # with file: no name is taken for another protocol
-    command += ["-i", f"file:{path}", "-vn", "-ac", "1", "-ar", str(SAMPLE_RATE), "-f", "f32le", "-"]
+    command += ["-i", f"file:{path}", "-vn"]
+    command += ["-ac", "1", "-ar", str(SAMPLE_RATE), "-f", "f32le", "-"]
     done = subprocess.run(command, capture_output=True)
     if done.returncode != 0:
         lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason"]
