@@ -3,6 +3,7 @@
 Shapes: S samples, mono at 16 kHz.
 """
 
+import math
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -53,27 +54,35 @@ def is_audio(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES + FFMPEG_SUFFIXES and path.is_file()
 
 
-def read_audio(path: str) -> np.ndarray:
+def read_audio(path: str, max_seconds: float = math.inf) -> np.ndarray:
     """A file's audio (S,), by libsndfile, or by ffmpeg where libsndfile does not know the format.
 
-    InputError for what neither reads, and says so where ffmpeg is not installed.
+    InputError for what neither reads, and says so where ffmpeg is not installed; and for audio that
+    is longer than `max_seconds`.
     """
+    check_length(guess_duration(path), max_seconds, path)
     try:
         return load_audio(path)
     except InputError as error:
         if is_known(path):
             raise
-        return convert(path, error)
+        return convert(path, error, max_seconds)
 
 
-def read_stream(stream: BinaryIO, name: str) -> np.ndarray:
+def check_length(seconds: float, max_seconds: float, name: str) -> None:
+    if seconds > max_seconds:
+        wanted = f"at most {max_seconds / 60:.3g} are taken"
+        raise InputError(f"{name} has {seconds / 60:.3g} minutes of audio, {wanted}: cut it")
+
+
+def read_stream(stream: BinaryIO, name: str, max_seconds: float = math.inf) -> np.ndarray:
     """The audio (S,) of a file's content; errors call it by its name."""
     with TemporaryDirectory() as folder:
         path = Path(folder, "audio")
         with path.open("wb") as file:
             shutil.copyfileobj(stream, file)
         try:
-            return read_audio(str(path))
+            return read_audio(str(path), max_seconds)
         except InputError as error:
             raise InputError(str(error).replace(str(path), name)) from None
 
@@ -95,7 +104,7 @@ def guess_duration(path: str) -> float:
         return 0.0
 
 
-def convert(path: str, reason: InputError) -> np.ndarray:
+def convert(path: str, reason: InputError, max_seconds: float) -> np.ndarray:
     """A file's audio (S,) by ffmpeg, which libsndfile does not read for a `reason`."""
     program = shutil.which("ffmpeg")
     if program is None:
@@ -103,12 +112,15 @@ def convert(path: str, reason: InputError) -> np.ndarray:
     command = [program, "-nostdin", "-v", "error", "-format_whitelist", FFMPEG_FORMATS]
     # with file: no name is taken for another protocol
     command += ["-i", f"file:{path}", "-vn"]
+    if max_seconds < math.inf:
+        command += ["-t", str(max_seconds + 1)]  # seconds, not all of what is too long
     command += ["-ac", "1", "-ar", str(SAMPLE_RATE), "-f", "f32le", "-"]
     done = subprocess.run(command, capture_output=True)
     if done.returncode != 0:
         lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason"]
         raise InputError(f"{path} cannot be decoded as audio, nor by ffmpeg: {lines[-1]}")
     samples = np.frombuffer(done.stdout, np.float32).copy()
+    check_length(len(samples) / SAMPLE_RATE, max_seconds, path)
     check_samples(samples, path)
     return samples
 
