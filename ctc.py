@@ -80,32 +80,31 @@ def align(
     """
     tokens = torch.tensor([blank_id, *target])
     rows = embeddings(send(tokens, audio.device))
-    logits = (audio.to(rows.dtype) @ rows.T).float().cpu()  # (A, 1 + T)
-    # blank, first token, blank, second token, ... blank: of each state its column of the logits
-    columns = [0]
-    for column in range(1, len(tokens)):
-        columns += [column, 0]
-    states = len(columns)
-    logits = logits[:, columns]  # (A, states)
-    # a blank may be left out between two tokens that differ
+    logits = audio.to(rows.dtype) @ rows.T  # (A, 1 + T)
+    # blank, first token, blank, second token, ... blank: the states, each with a column of logits
+    states = 2 * len(target) + 1
+    columns = torch.zeros(states, dtype=torch.long)
+    columns[1::2] = torch.arange(1, len(tokens))
+    logits = logits.float().cpu()[:, columns]  # (A, states)
+    # the blank may be left out between two tokens that differ
     may_skip = torch.zeros(states, dtype=torch.bool)
     may_skip[3::2] = tokens[2:] != tokens[1:-1]
 
-    best = torch.full([states], -torch.inf)
-    best[:2] = logits[0, :2]
-    steps = []  # for each position after the first, how many states back each state comes from
+    best = torch.full([2 + states], -torch.inf)  # two more, so that each state has two before it
+    best[2:4] = logits[0, :2]
+    steps = []  # how many states back each state comes from, for all positions but the first
     for position in logits[1:]:
-        one_back = nn.functional.pad(best[:-1], (1, 0), value=-torch.inf)
-        two_back = nn.functional.pad(best[:-2], (2, 0), value=-torch.inf)[:states]
-        two_back = two_back.where(may_skip, -torch.inf)
-        best, step = torch.stack([best, one_back, two_back]).max(0)
-        best = best + position
+        two_back = best[:-2].where(may_skip, -torch.inf)
+        ways = torch.stack([best[2:], best[1:-1], two_back])  # (3, states)
+        score, step = ways.max(0)
+        best[2:] = score + position
         steps.append(step.to(torch.uint8))
 
-    ends = best[-2:]  # in the last token, or in the blank behind it
-    if ends.max() == -torch.inf:
+    state = states - 1  # the blank behind the last token, or that token
+    if target and best[-2] > best[-1]:
+        state -= 1
+    if best[2 + state] == -torch.inf:
         return None
-    state = states - len(ends) + int(ends.argmax())
     path = [state]
     for step in reversed(steps):
         state -= int(step[state])

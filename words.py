@@ -26,14 +26,15 @@ def time_words(model: SpeechLLM, audio: Tensor, mel: Tensor, text: str) -> list[
     words have the times of the whole audio, and `aligned` is false.
     """
     stride = model.projector.stride
-    seconds = stride * N_SAMPLES_PER_TOKEN / SAMPLE_RATE  # of a position
     ids = model.tokenizer.encode(f" {text}", add_special_tokens=False)
     words = split_words(model.tokenizer, ids)
     target = [i for i in ids if i != model.blank_id]
-    spans = align(audio, target, model.llm.get_input_embeddings(), model.blank_id)
+    embeddings = model.llm.get_input_embeddings()
+    spans = align(audio, target, embeddings, model.blank_id)
     if spans is None:
-        end = round(len(audio) * seconds, 2)
-        return [{"word": word, "start": 0.0, "end": end, "aligned": False} for word, _ in words]
+        end = to_seconds(len(audio), stride)
+        times = {"start": 0.0, "end": end, "aligned": False}
+        return [{"word": word, **times} for word, _ in words]
     starts, ends = [], []
     waiting = iter(spans)
     for _, word_ids in words:
@@ -48,16 +49,21 @@ def time_words(model: SpeechLLM, audio: Tensor, mel: Tensor, text: str) -> list[
         limit = min(limit, end + LONGEST_REST)
         while end < limit and is_loud[end]:
             end += 1
-        times = {"start": round(start * seconds, 2), "end": round(end * seconds, 2)}
+        times = {"start": to_seconds(start, stride), "end": to_seconds(end, stride)}
         timed.append({"word": word, **times})
     return timed
+
+
+def to_seconds(position: int, stride: int) -> float:
+    """When an audio position starts."""
+    return round(position * stride * N_SAMPLES_PER_TOKEN / SAMPLE_RATE, 2)
 
 
 def find_loud(mel: Tensor, count: int, stride: int) -> list[bool]:
     """Whether each of the first `count` positions of a log-mel (W, M, F) is loud, within it."""
     frames = mel.mean(dim=1).flatten()  # (W * F,)
-    size = stride * FRAMES_PER_TOKEN
-    levels = torch.stack([part.mean() for part in frames.split(size)[:count]]).float().cpu()
+    parts = frames.split(stride * FRAMES_PER_TOKEN)[:count]
+    levels = torch.stack([part.mean() for part in parts]).cpu()
     quiet, loud = levels.quantile(torch.tensor([0.05, 0.9]))
     return (levels >= quiet + LOUD * (loud - quiet)).tolist()
 

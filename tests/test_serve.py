@@ -18,6 +18,7 @@ import tiny
 import uvicorn
 from fastapi.testclient import TestClient
 
+from bench import serve as load_test
 from command import InputError
 from loading import load
 from manifest import Utterance
@@ -210,6 +211,23 @@ def test_a_client_that_goes_away_frees_its_place(server, sounds):
     assert len(server.batches) == 1  # it was not recognised
 
 
+def test_a_fault_is_a_500_and_the_service_goes_on(server, sounds):
+    works = server.batcher.recognize
+
+    def fail(pieces, word_times):
+        raise RuntimeError("out of memory")
+
+    server.batcher.recognize = fail
+    upload = {"file": ("a.wav", sounds[0].read_bytes())}
+    answer = httpx2.post(server.url + PATH, files=upload, timeout=60)
+    assert answer.status_code == 500
+    error = answer.json()["error"]
+    assert (error["message"], error["type"]) == ("RuntimeError: out of memory", "server_error")
+    server.batcher.recognize = works
+    assert httpx2.post(server.url + PATH, files=upload, timeout=60).status_code == 200
+    assert server.places == 0
+
+
 def make_job(name, count=1):
     pieces = [Utterance(f"{name}{i}", 1.0) for i in range(count)]
     return Job(pieces, word_times=False)
@@ -356,3 +374,17 @@ def test_sigterm_finishes_what_runs(process, sounds):
     assert "Traceback" not in process.stderr.read()
     with pytest.raises(httpx2.ConnectError):
         httpx2.get(health)
+
+
+def test_the_load_counts_what_comes_back(server, sounds, capsys):
+    command = ["--url", server.url, "--wav", *map(str, sounds[:3]), "--pid", str(os.getpid())]
+    load_test.main([*command, "--requests", "20", "--clients", "2"])
+    head, _, row = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    cells = dict(zip(head, row))
+    counts = [cells[name] for name in ("text, 200", "broken, 400", "lost", "other text")]
+    assert counts == ["18", "2", "0", "0"]
+    assert float(cells["audio s a second"]) > 0
+    assert "MiB" in head[-1]
+    server.args.max_waiting = 0
+    load_test.main([*command, "--requests", "9", "--clients", "1"])
+    assert "| 0 | 0 | 9 | 0 |" in capsys.readouterr().out

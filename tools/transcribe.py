@@ -137,6 +137,8 @@ def recognize_pieces(
     utterances = []
     for pieces in pieces_by_audio:
         utterances.extend(pieces)
+    if not utterances:
+        return
     # no data workers, as the samples are in memory already
     options = {"num_workers": 0, "word_times": word_times, "progress": False}
     for done, _ in recognize(model, utterances, [num_beams], batch_size, **options):
@@ -176,7 +178,8 @@ def read_groups(files: list[str]) -> Iterator[tuple[list[list[Utterance]], list[
         if seconds >= GROUP:
             yield group, errors
             group, errors, seconds = [], [], 0.0
-    yield group, errors
+    if group or errors:
+        yield group, errors
 
 
 def choose_paths(files: list[str], kind: str, folder: Path | None) -> dict[str, Path]:
