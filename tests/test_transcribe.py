@@ -226,7 +226,7 @@ def test_ffmpeg_reads_m4a_and_opens_no_playlist(tmp_path):
     subprocess.run(["ffmpeg", "-v", "error", "-i", wav, m4a], check=True)
     assert abs(len(audio.read_audio(m4a)) - 16_000) < 3200
     playlist = tmp_path / "list.m4a"
-    playlist.write_text(f"#EXTM3U\n#EXTINF:1,\n{m4a}\n#EXT-X-ENDLIST\n")
+    playlist.write_text("ffconcat version 1.0\nfile a.m4a\n")
     with pytest.raises(InputError, match="list.m4a cannot be decoded as audio, nor by ffmpeg"):
         audio.read_audio(str(playlist))
 
