@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
                 "boundary": name,
                 "number": len(errors),
                 "median error, ms": round(np.median(distances)),
-                "90 % are below, ms": round(np.quantile(distances, 0.9)),
+                "nine in ten are below, ms": round(np.quantile(distances, 0.9)),
                 "median of later - earlier, ms": round(1000 * np.median(errors)),
             }
         )
