@@ -156,6 +156,11 @@ class RecognitionArguments(ScoringArguments):
         default=8,
         help="How many utterances are decoded at once.",
     )
+    word_times: bool = HfArg(
+        default=False,
+        aliases=["--word_timestamps"],
+        help="Whether results have the start and end of each word, in seconds, by CTC.",
+    )
     max_new_tokens: int | None = HfArg(
         default=None,
         help="Most tokens of a hypothesis; by default as many as its audio allows.",
