@@ -104,6 +104,7 @@ class TrainingArguments(transformers.TrainingArguments):
             warnings.warn("--fp16: Qwen overflows in it (grad_norm nan); use --bf16", stacklevel=2)
         self.bf16 = choose_bf16(self.bf16)  # before autocast and ZeRO's settings follow from it
         super().__post_init__()
+        self.accelerator_config.non_blocking = True  # or each tensor of a batch waits for the GPU
         self.remove_unused_columns = False  # rows are Utterances
         self.train_sampling_strategy = "sequential"  # rows are in their order
         self.ddp_find_unused_parameters = False  # every step uses the whole projector

@@ -174,6 +174,7 @@ def have_room_for(weights: list[nn.Parameter]) -> bool:
     return bool(has_room)
 
 
+@torch.enable_grad()  # also where a caller only decodes
 def try_llm(model: SpeechLLM) -> None:
     """A loss with a gradient to the inputs, and two tokens of a beam of two; on three positions."""
     llm = model.llm

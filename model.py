@@ -235,7 +235,7 @@ class SpeechLLM(nn.Module):
             num_beams=num_beams,
             num_return_sequences=num_beams,
             max_new_tokens=max(limits),
-            logits_processor=[EndAtLimit(limits, num_beams, self.end_id)],
+            logits_processor=[EndAtLimit(limits, num_beams, self.end_id, audio[0].device)],
             pad_token_id=self.end_id,
             return_dict_in_generate=True,
         )
@@ -300,13 +300,14 @@ class SpeechLLM(nn.Module):
 class EndAtLimit(LogitsProcessor):
     """Hypotheses that have reached their limit, less one token, can only end."""
 
-    def __init__(self, limits: list[int], num_beams: int, end_id: int):
-        self.limits = torch.tensor(limits).repeat_interleave(num_beams)[:, None]  # (B * N, 1)
+    def __init__(self, limits: list[int], num_beams: int, end_id: int, device: torch.device):
+        of_each = send(torch.tensor(limits), device)
+        self.limits = of_each.repeat_interleave(num_beams)[:, None]  # (B * N, 1)
         self.end_id = end_id
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         is_end = torch.arange(scores.shape[1], device=scores.device) == self.end_id
-        may_go_on = input_ids.shape[1] < self.limits.to(scores.device) - 1
+        may_go_on = input_ids.shape[1] < self.limits - 1
         return scores.where(is_end | may_go_on, -torch.inf)
 
 

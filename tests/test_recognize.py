@@ -188,7 +188,7 @@ def test_two_processes_recognise_what_one_does(paths, projector, tmp_path):
     lines = Path(paths.manifest).read_text().splitlines()[:5]
     manifest = Path(paths.manifest).with_name("five.jsonl")
     manifest.write_text("\n".join(lines))
-    options = "--num_beams 1 2 --batch_size 2"
+    options = "--num_beams 1 2 --batch_size 2 --bf16 False"
     run(projector, manifest, tmp_path / "one.jsonl", options)
     command = f"{TORCHRUN} --nproc_per_node=2 {ROOT}/recognize.py {options}"
     command += f" --projector_model_path {projector} --data_path {manifest}"
