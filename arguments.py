@@ -7,10 +7,11 @@ from typing import Literal
 
 import torch
 import transformers
+from accelerate.utils import is_deepspeed_available
 from transformers.hf_argparser import HfArg
 
 from command import InputError
-from machine import choose_bf16, choose_workers
+from machine import choose_bf16, choose_workers, has_fast_bf16
 
 
 @dataclass(kw_only=True)
@@ -97,10 +98,13 @@ class TrainingArguments(transformers.TrainingArguments):
             raise InputError("--eval_hypotheses needs --eval_data_path")
         if self.eval_strategy != "no" and not self.eval_data_path:
             raise InputError(f"--eval_strategy {self.eval_strategy} needs --eval_data_path")
+        if self.deepspeed and not is_deepspeed_available():
+            raise InputError("--deepspeed needs a package that is not there: pip install deepspeed")
         if self.fp16:
             warnings.warn("--fp16: Qwen overflows in it (grad_norm nan); use --bf16", stacklevel=2)
         self.bf16 = choose_bf16(self.bf16)  # before autocast and ZeRO's settings follow from it
         super().__post_init__()
+        self.accelerator_config.non_blocking = True  # or each tensor of a batch waits for the GPU
         self.remove_unused_columns = False  # rows are Utterances
         self.train_sampling_strategy = "sequential"  # rows are in their order
         self.ddp_find_unused_parameters = False  # every step uses the whole projector
@@ -153,13 +157,18 @@ class RecognitionArguments(ScoringArguments):
         default=8,
         help="How many utterances are decoded at once.",
     )
+    word_times: bool = HfArg(
+        default=False,
+        aliases=["--word_timestamps"],
+        help="Whether results have the start and end of each word, in seconds, by CTC.",
+    )
     max_new_tokens: int | None = HfArg(
         default=None,
         help="Most tokens of a hypothesis; by default as many as its audio allows.",
     )
     bf16: bool = HfArg(
-        default=torch.accelerator.is_available(),
-        help="Whether to compute in bfloat16, not in float32.",
+        default=has_fast_bf16(),
+        help="Whether to compute in bfloat16; by default where that is faster than float32.",
     )
     encoder_cache: str | None = HfArg(
         default=None,

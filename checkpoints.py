@@ -1,4 +1,4 @@
-"""Which checkpoint a training goes on from, and what DeepSpeed puts into one."""
+"""Which checkpoint a training goes on from, and what it and DeepSpeed put into one."""
 
 import json
 import math
@@ -9,11 +9,13 @@ from functools import partialmethod
 from hashlib import file_digest, sha256
 from pathlib import Path
 
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerState
 
 from arguments import TrainingArguments
 from command import InputError
+from machine import name_arithmetic
 
+ARITHMETIC = "arithmetic.txt"  # a checkpoint's file with what its last bits depend on
 ARGUMENTS = "arguments.json"  # beside the weights: the flags of their run
 # what goes on from the checkpoint whatever the flags say
 KEPT = (
@@ -38,6 +40,15 @@ FREE = (
     "prompt",
     "stride",
 )
+
+
+class NoteArithmetic(TrainerCallback):
+    """Adds `ARITHMETIC` to each checkpoint."""
+
+    def on_save(self, args, state, control, **options):
+        if args.should_save:
+            checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            (checkpoint / ARITHMETIC).write_text(name_arithmetic(args.bf16))
 
 
 def find_checkpoint(args: TrainingArguments) -> str | None:
@@ -169,6 +180,7 @@ def check_checkpoint(args: TrainingArguments, checkpoint: str) -> None:
             "--gradient_accumulation_steps is the same",
             stacklevel=2,
         )
+    warn_of_other_arithmetic(Path(checkpoint), args.bf16)
 
 
 def describe_arguments(args: TrainingArguments) -> dict:
@@ -206,6 +218,21 @@ def report_resume(arguments: dict, checkpoint: str) -> None:
         else:
             message = f"--{name} {value} holds from here on: {checkpoint} had {before[name]}"
         warnings.warn(message, stacklevel=2)
+
+
+def warn_of_other_arithmetic(checkpoint: Path, bf16: bool) -> None:
+    """A warning where the checkpoint is of another kind of processor, or of another precision."""
+    here = name_arithmetic(bf16)
+    try:
+        found = (checkpoint / ARITHMETIC).read_text()
+    except FileNotFoundError:  # a stop came before it
+        return
+    if found != here:
+        warnings.warn(
+            f"{checkpoint} was computed by {found}, and this run is by {here}: it goes on, but no "
+            "longer bit for bit",
+            stacklevel=2,
+        )
 
 
 def start_deepspeed(use_cpu: bool) -> None:

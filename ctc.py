@@ -67,3 +67,51 @@ def ctc_loss(
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor's copy on the device, for which the CPU does not wait until the device is idle."""
     return tensor.to(device, non_blocking=True)
+
+
+def align(
+    audio: Tensor, target: list[int], embeddings: nn.Embedding, blank_id: int
+) -> list[tuple[int, int]] | None:
+    """Where each token of `target` is spoken in audio (A, D): (first position, one past the last).
+
+    This is the most probable alignment (Viterbi). The softmax needs no other classes, as their sum
+    is the same for all alignments. None if the target has more tokens than the audio has positions,
+    or as many, one of them doubled.
+    """
+    tokens = torch.tensor([blank_id, *target])
+    rows = embeddings(send(tokens, audio.device))
+    logits = audio.to(rows.dtype) @ rows.T  # (A, 1 + T)
+    # blank, first token, blank, second token, ... blank: the states, each with a column of logits
+    states = 2 * len(target) + 1
+    columns = torch.zeros(states, dtype=torch.long)
+    columns[1::2] = torch.arange(1, len(tokens))
+    logits = logits.float().cpu()[:, columns]  # (A, states)
+    # the blank may be left out between two tokens that differ
+    may_skip = torch.zeros(states, dtype=torch.bool)
+    may_skip[3::2] = tokens[2:] != tokens[1:-1]
+
+    best = torch.full([2 + states], -torch.inf)  # two more, so that each state has two before it
+    best[2:4] = logits[0, :2]
+    steps = []  # how many states back each state comes from, for all positions but the first
+    for position in logits[1:]:
+        two_back = best[:-2].where(may_skip, -torch.inf)
+        ways = torch.stack([best[2:], best[1:-1], two_back])  # (3, states)
+        score, step = ways.max(0)
+        best[2:] = score + position
+        steps.append(step.to(torch.uint8))
+
+    state = states - 1  # the blank behind the last token, or that token
+    if target and best[-2] > best[-1]:
+        state -= 1
+    if best[2 + state] == -torch.inf:
+        return None
+    path = [state]
+    for step in reversed(steps):
+        state -= int(step[state])
+        path.append(state)
+    path.reverse()
+    spans = []
+    for state in range(1, states, 2):
+        first = path.index(state)
+        spans.append((first, first + path.count(state)))
+    return spans

@@ -8,10 +8,18 @@ import whisper
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
 
 from cache import Encoder
 from command import InputError
+from data import IGNORE
 from machine import choose_attention, choose_bf16
 from model import FORMAT, Config, SpeechLLM
 
@@ -22,9 +30,10 @@ def build(
     encoder_cache: str | None = None,
     training: bool = False,
 ) -> SpeechLLM:
-    """A SpeechLLM with a new projector, on the CPU, or under ZeRO-3 with its LLM sharded.
+    """A SpeechLLM with a new projector, on accelerate's device, or under ZeRO-3 with a sharded LLM.
 
-    `training` only makes it faster in training. InputError for models that cannot be loaded.
+    `training` only makes it faster in training. InputError for models that cannot be loaded, and
+    for LLMs that cannot be trained through or decoded with.
     """
     bf16 = choose_bf16(bf16)
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -32,23 +41,177 @@ def build(
     with PartialState().local_main_process_first():  # one process downloads
         encoder = load_whisper(config.whisper_model_name_or_path).encoder
     set_precision(encoder, dtype)
-    name = config.llm_model_name_or_path
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        llm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"--llm_model_name_or_path {name} cannot be loaded: {reason}; wanted a folder, or a "
-            "name on the hub with its owner (Qwen/Qwen2-1.5B-Instruct)"
-        ) from error
+    llm, tokenizer = load_llm(config.llm_model_name_or_path, dtype, attention)
     model = SpeechLLM(Encoder(encoder, encoder_cache), llm, tokenizer, config)
     # the sampling and the penalties of a chat go, its stops stay
-    stops = llm.generation_config.eos_token_id or []
+    stops = llm.generation_config.eos_token_id
+    if stops is None:
+        stops = []
     stops = [stops] if isinstance(stops, int) else stops
     model.stop_ids.update(stops)
     llm.generation_config = GenerationConfig(eos_token_id=list(model.stop_ids))
+    check_llm(model)
     return model
+
+
+def load_llm(name: str, dtype: torch.dtype, attention: str | None):
+    """The LLM and the tokenizer of a folder, or of a name on the hub.
+
+    Of a multimodal model it is the language model. InputError for what cannot be loaded: no code
+    that comes with a model is run.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        loader = AutoModelForCausalLM
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            loader = AutoModelForMultimodalLM
+        llm, found = loader.from_pretrained(
+            name,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as error:
+        reason, wanted = explain(error)
+        raise InputError(
+            f"--llm_model_name_or_path {name} cannot be loaded: {reason}; {wanted}"
+        ) from error
+    if not tokenizer.encode(" ", add_special_tokens=False):
+        raise InputError(
+            f"--llm_model_name_or_path {name}: its tokenizer has no token for a space: put its "
+            "tokenizer.json there, or take another LLM"
+        )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise InputError(
+            f"--llm_model_name_or_path {name}: its files lack {len(missing)} of its weights, "
+            f"{missing[0]} among them: fetch them again, or take another LLM"
+        )
+    return take_language_model(llm), tokenizer
+
+
+def explain(error: Exception) -> tuple[str, str]:
+    """Why a model cannot be loaded, and what is wanted in its place."""
+    if "trust_remote_code" in str(error):
+        reason = "it needs code of its own, and none that comes with a model is run"
+        return reason, "wanted an LLM that transformers knows"
+    if "backend tokenizer" in str(error):
+        return "it has no tokenizer that can be read", "put its tokenizer.json there"
+    if "ignore_mismatched_sizes" in str(error):
+        reason = "its weights have other sizes than its config.json says"
+        return reason, "fetch both from one place"
+    reason = str(error).strip().split("\n")[0].removesuffix(".")
+    if isinstance(error, SafetensorError):
+        return (
+            f"its weights are no whole file ({reason})",
+            "fetch them again, from git with git lfs",
+        )
+    if isinstance(error, ImportError):
+        return reason, "install what it needs, or take another LLM"
+    wanted = "wanted a folder, or a name on the hub with its owner (Qwen/Qwen2-1.5B-Instruct)"
+    return reason, wanted
+
+
+def first_sentence(error: Exception) -> str:
+    """What an error says, less its advice to developers."""
+    first_line = str(error).strip().split("\n")[0]
+    return first_line.split(". ")[0].removesuffix(".")
+
+
+def take_language_model(llm: nn.Module) -> nn.Module:
+    """Of a multimodal model the part that reads and writes text, if it is an LLM by itself."""
+    config = llm.config.get_text_config()
+    if config is llm.config or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return llm
+    with torch.device("meta"):  # a frame without weights, which gets those that are loaded
+        language_model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    setattr(language_model, language_model.base_model_prefix, llm.get_decoder())
+    language_model.set_output_embeddings(llm.get_output_embeddings())
+    language_model.generation_config = llm.generation_config
+    return language_model.eval()
+
+
+def check_llm(model: SpeechLLM) -> None:
+    """Try what training and decoding will do, so that an LLM that cannot is refused at once.
+
+    All processes take part. The model goes to accelerate's device. Under ZeRO-3 each process
+    needs the whole LLM for it; where that has no room only what needs no weights is checked.
+    """
+    name = model.speech_config.llm_model_name_or_path
+    embeddings = model.llm.get_input_embeddings().num_embeddings
+    ids = [*model.before, *model.after, model.end_id, model.blank_id]
+    largest = max(*ids, model.tokenizer.vocab_size - 1)
+    if largest >= embeddings:
+        raise InputError(
+            f"--llm_model_name_or_path {name}: its tokenizer has a token {largest}, and the LLM "
+            f"embeddings of {embeddings} tokens: put the tokenizer beside it that it was made with"
+        )
+    weights = list(model.llm.parameters())
+    if not hasattr(weights[0], "ds_id"):  # with which ZeRO-3 marks what it has sharded
+        model.to(PartialState().device)
+        try_llm(model)
+    elif have_room_for(weights):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(weights):
+            try_llm(model)
+
+
+def have_room_for(weights: list[nn.Parameter]) -> bool:
+    """Whether each process can hold two copies of weights that ZeRO-3 has sharded."""
+    if not torch.accelerator.is_available():
+        return True
+    device = PartialState().device
+    needed = sum(2 * x.ds_numel * x.element_size() for x in weights)
+    free, _ = torch.accelerator.get_memory_info(device)
+    has_room = torch.tensor(int(needed < free), device=device)
+    # the smallest counts for all, as they gather together
+    torch.distributed.all_reduce(has_room, torch.distributed.ReduceOp.MIN)
+    return bool(has_room)
+
+
+@torch.enable_grad()  # also where a caller only decodes
+def try_llm(model: SpeechLLM) -> None:
+    """A loss with a gradient to the inputs, and two tokens of a beam of two; on three positions."""
+    llm = model.llm
+    # no token's embedding, as audio is none
+    inputs = -model.embed_text([model.blank_id] * 3)[None].detach()
+    inputs = inputs.requires_grad_().clone()
+    positions = torch.arange(3, device=inputs.device)[None]
+    mask = torch.ones_like(positions)
+    labels = torch.tensor([[IGNORE, model.end_id]], device=inputs.device)
+    options = {"inputs_embeds": inputs, "attention_mask": mask}
+    try:
+        task = "training"
+        llm.train()
+        loss = llm(
+            **options,
+            position_ids=positions,
+            labels=labels,
+            logits_to_keep=torch.arange(-2, 0, device=inputs.device),
+            num_items_in_batch=1,
+        ).loss
+        [gradient] = torch.autograd.grad(loss, inputs)
+        if not gradient.any() or not gradient.isfinite().all():
+            raise ValueError(f"its loss is {loss.item():.3g}, and no gradient reaches its inputs")
+        if gradient[0, -1].any():
+            raise ValueError("it is no LLM that writes text, as each token reads those behind it")
+        llm.eval()
+        task = "decoding"
+        llm.generate(**options, num_beams=2, max_new_tokens=2, pad_token_id=model.end_id)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever an LLM's own code raises
+        raise InputError(
+            f"--llm_model_name_or_path {llm.name_or_path}: this LLM ({type(llm).__name__}) fails "
+            f"in {task}: {type(error).__name__}: {first_sentence(error)}; take another LLM"
+        ) from error
+    finally:
+        llm.eval()
 
 
 def load(
@@ -77,11 +240,18 @@ def load_whisper(name: str) -> nn.Module:
     try:
         return whisper.load_model(name, "cpu")
     except Exception as error:  # torch.load has many for a file that is something else
-        names = ", ".join(whisper.available_models())
-        reason = str(error).split(";")[0]
+        names = whisper.available_models()
+        reason = f"{type(error).__name__}: {first_sentence(error).split(';')[0]}"
+        # those of transformers are called whisper-tiny, and lie in folders of that name
+        parts = [part.removeprefix("whisper-") for part in Path(name).parts]
+        meant = [part for part in parts if part in names]
+        if meant:
+            reason += f"; transformers' files are others: did you mean {meant[-1]}?"
+        elif isinstance(error, KeyError):
+            reason = f"it has no {error}, as files of transformers have none"
         raise InputError(
             f"--whisper_model_name_or_path: {name} is no openai-whisper file "
-            f"({type(error).__name__}: {reason}); valid names: {names}"
+            f"({reason}); valid names: {', '.join(names)}"
         ) from error
 
 

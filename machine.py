@@ -23,13 +23,19 @@ def choose_workers() -> int:
     return min(4, (os.cpu_count() or 1) // processes)
 
 
-def choose_bf16(wanted: bool) -> bool:
-    """Whether to compute in bfloat16: if wanted, and this machine does not have to emulate it.
+def has_fast_bf16() -> bool:
+    """Whether bfloat16 is faster here than float32: on accelerators and CPUs made for it.
 
-    A CPU without AVX512-BF16 or AMX does. oneDNN knows what DNNL_MAX_CPU_ISA leaves of them.
+    A CPU without AVX512-BF16 or AMX emulates it. oneDNN knows what DNNL_MAX_CPU_ISA leaves of them.
     """
-    native = torch.cpu._is_avx512_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if wanted and not native and not torch.accelerator.is_available():
+    if torch.accelerator.is_available():
+        return True
+    return torch.cpu._is_avx512_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def choose_bf16(wanted: bool) -> bool:
+    """Whether to compute in bfloat16: if wanted, and this machine does not have to emulate it."""
+    if wanted and not has_fast_bf16():
         warnings.warn(
             "this processor emulates bfloat16, which is about 100 times slower: "
             "computing in float32",
@@ -44,3 +50,13 @@ def choose_attention(bf16: bool, training: bool) -> str | None:
     if training and bf16 and not torch.accelerator.is_available():
         return "eager"  # sdpa's backward in bfloat16 is slow on CPUs, its forward is fast
     return None
+
+
+def name_arithmetic(bf16: bool) -> str:
+    """What the last bits of a computation depend on, such as "AVX2 in float32"."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    processor = torch.backends.cpu.get_cpu_capability()
+    if accelerator is not None:
+        processor = accelerator.type
+    precision = "bfloat16" if bf16 else "float32"
+    return f"{processor} in {precision}"

@@ -25,6 +25,7 @@ class Utterance:
     row: dict = field(default_factory=dict)  # the manifest's line
     samples: np.ndarray | None = None  # (S,), mono at 16 kHz, in place of the file
     hypotheses: dict[int, str] = field(default_factory=dict)  # by the width of the beam
+    words: dict[int, list[dict]] = field(default_factory=dict)  # likewise, with their times
 
 
 def read_manifest(paths: list[str], need_text: bool = True) -> list[Utterance]:

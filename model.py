@@ -235,7 +235,7 @@ class SpeechLLM(nn.Module):
             num_beams=num_beams,
             num_return_sequences=num_beams,
             max_new_tokens=max(limits),
-            logits_processor=[EndAtLimit(limits, num_beams, self.end_id)],
+            logits_processor=[EndAtLimit(limits, num_beams, self.end_id, audio[0].device)],
             pad_token_id=self.end_id,
             return_dict_in_generate=True,
         )
@@ -244,7 +244,12 @@ class SpeechLLM(nn.Module):
         if num_beams > 1:
             scores = output.sequences_scores.view(-1, num_beams)
             best = self.choose(audio, hypotheses, scores)
-        return [[i for i in row if i not in self.stop_ids] for row in best.tolist()]
+        answers = []
+        for row, positions in zip(best.tolist(), heard):
+            answer = [i for i in row if i not in self.stop_ids]
+            # an LLM that is shown no audio makes something up
+            answers.append(answer if len(positions) else [])
+        return answers
 
     def choose(self, audio: list[Tensor], hypotheses: Tensor, llm_scores: Tensor) -> Tensor:
         """Of each beam (B, N, T) the hypothesis (B, T) that is best for the LLM and CTC together.
@@ -259,9 +264,15 @@ class SpeechLLM(nn.Module):
 
     def collator(self, model_max_length: int | None = None) -> Collator:
         """The collator for this model, which allows no more positions than flag and LLM do."""
-        room = getattr(self.llm.config, "max_position_embeddings", torch.inf)
+        name = "max_position_embeddings"
+        room = getattr(self.llm.config, name, torch.inf)
+        rope = getattr(self.llm.config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":
+            # beyond it one long row makes the LLM read all rows of its batch in another way
+            name = f"original_{name}"
+            room = rope[name]
         room -= len(self.before) + len(self.after)
-        limit = "the LLM's max_position_embeddings, less the prompt: take another LLM"
+        limit = f"the LLM's {name}, less the prompt: take another LLM"
         if model_max_length is not None and model_max_length <= room:
             room, limit = model_max_length, "--model_max_length: raise it"
         n_mels, stride = self.encoder.n_mels, self.projector.stride
@@ -289,13 +300,14 @@ class SpeechLLM(nn.Module):
 class EndAtLimit(LogitsProcessor):
     """Hypotheses that have reached their limit, less one token, can only end."""
 
-    def __init__(self, limits: list[int], num_beams: int, end_id: int):
-        self.limits = torch.tensor(limits).repeat_interleave(num_beams)[:, None]  # (B * N, 1)
+    def __init__(self, limits: list[int], num_beams: int, end_id: int, device: torch.device):
+        of_each = send(torch.tensor(limits), device)
+        self.limits = of_each.repeat_interleave(num_beams)[:, None]  # (B * N, 1)
         self.end_id = end_id
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         is_end = torch.arange(scores.shape[1], device=scores.device) == self.end_id
-        may_go_on = input_ids.shape[1] < self.limits.to(scores.device) - 1
+        may_go_on = input_ids.shape[1] < self.limits - 1
         return scores.where(is_end | may_go_on, -torch.inf)
 
 

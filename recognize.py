@@ -25,6 +25,7 @@ from loading import load
 from machine import get_process
 from manifest import Utterance, read_manifest
 from model import SpeechLLM
+from words import time_words
 
 
 def recognize(
@@ -34,12 +35,15 @@ def recognize(
     batch_size: int = 8,
     max_new_tokens: int | None = None,
     num_workers: int = 2,
+    word_times: bool = False,
+    progress: bool = True,
 ) -> Iterator[tuple[list[Utterance], dict[int, float]]]:
     """Add `hypotheses` to utterances, one for each width in `num_beams`; long audio comes first.
 
     Yields the utterances of each batch when they have theirs, and the seconds that each width took
     with reading and encoding, which all widths share. Several processes share the batches out, and
-    each of them gets all hypotheses. The model must be on accelerate's device.
+    each of them gets all hypotheses. The model must be on accelerate's device. `word_times` adds
+    `words` beside the hypotheses; `progress` shows a bar.
     """
     ordered = sorted(utterances, key=lambda x: x.duration, reverse=True)
     waiting = iter(ordered)
@@ -53,7 +57,7 @@ def recognize(
         pin_memory=torch.accelerator.is_available(),
     )
     start = time.perf_counter()
-    for batch in tqdm(accelerator.prepare(loader)):
+    for batch in tqdm(accelerator.prepare(loader), disable=not progress):
         with torch.no_grad():
             audio = model.embed_audio(batch["mel"], batch["lengths"])
         encoded = time.perf_counter()
@@ -61,15 +65,21 @@ def recognize(
         for beams in num_beams:
             begin = time.perf_counter()
             ids = model.generate(audio, beams, max_new_tokens)
-            texts.append(model.tokenizer.batch_decode(ids, skip_special_tokens=True))
+            decoded = model.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            words = [[]] * len(decoded)
+            if word_times:
+                parts = zip(audio, batch["mel"], decoded)
+                words = [time_words(model, x, mel, text) for x, mel, text in parts]
+            texts.append(list(zip(decoded, words)))
             seconds[beams] = encoded - start + time.perf_counter() - begin
         by_utterance = list(zip(*texts))
         done = []
         # those of several processes come in order, less what fills up the last batch
         for hypotheses in accelerator.gather_for_metrics(by_utterance, use_gather_object=True):
             utterance = next(waiting)
-            for beams, text in zip(num_beams, hypotheses):
+            for beams, (text, words) in zip(num_beams, hypotheses):
                 utterance.hypotheses[beams] = " ".join(text.split())
+                utterance.words[beams] = words
             done.append(utterance)
         yield done, seconds
         start = time.perf_counter()
@@ -83,9 +93,13 @@ def result_paths(path: Path, num_beams: list[int]) -> dict[int, Path]:
 
 
 def make_result(utterance: Utterance, beams: int) -> dict:
-    """The manifest's line with its duration and hypothesis."""
+    """The manifest's line with its duration and hypothesis, and its words where they have times."""
     hypothesis = utterance.hypotheses[beams]
-    return {**utterance.row, "duration": utterance.duration, "hyp": hypothesis}
+    result = {**utterance.row, "duration": utterance.duration, "hyp": hypothesis}
+    words = utterance.words.get(beams)
+    if words:
+        result["words"] = words
+    return result
 
 
 def write_results(path: Path, results: list[dict], mode: str) -> None:
@@ -120,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
 
     total = Counter()
     options = (args.num_beams, args.batch_size, args.max_new_tokens, args.num_workers)
-    for done, seconds in recognize(model, utterances, *options):
+    for done, seconds in recognize(model, utterances, *options, word_times=args.word_times):
         total.update(seconds)
         if state.is_main_process:
             for beams, part in parts.items():

@@ -19,6 +19,7 @@ from accelerate.utils import GatheredParameters
 import scoring
 from arguments import TrainingArguments
 from checkpoints import (
+    NoteArithmetic,
     check_checkpoint,
     count_steps,
     describe_arguments,
@@ -134,6 +135,7 @@ def train(args: TrainingArguments, config: Config, checkpoint: str | None) -> No
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         compute_metrics=measure,
+        callbacks=[NoteArithmetic()],
     )
     trainer.arguments = arguments
     trainer.train(resume_from_checkpoint=checkpoint)

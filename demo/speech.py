@@ -3,7 +3,7 @@
     python demo/speech.py demo/speech
 
 writes demo/speech/{train,dev,test}.jsonl with their audio. Sentences are drawn with a fixed seed,
-and no sentence is in two sets. What is there already is kept.
+and no sentence is in two sets. What is there already is kept, so that a stopped run goes on.
 """
 
 import json
@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 import soundfile
-from hibari import SAMPLE_RATE, Hibari
 from tqdm import tqdm
 
 SIZES = {"train": 1000, "dev": 40, "test": 100}  # utterances; the grammar has 1,432 sentences
@@ -71,6 +70,8 @@ def sentences(seed: int) -> dict[str, list[str]]:
 
 def synthesise(folder: Path) -> None:
     """Write each set's audio, and then its manifest: so a manifest is there only when all is."""
+    from hibari import SAMPLE_RATE, Hibari  # not needed for speech that is there
+
     rng = random.Random(SEED)
     voice = Hibari()
     for name, texts in sentences(SEED).items():
@@ -78,8 +79,12 @@ def synthesise(folder: Path) -> None:
         rows = []
         for number, text in enumerate(tqdm(texts, f"{folder / name}: speaking", unit="utt")):
             wav = f"{name}/{number:04d}.flac"
-            audio = voice(text, speed=rng.choice(SPEEDS), seed=number)
-            soundfile.write(folder / wav, audio, SAMPLE_RATE)
+            speed = rng.choice(SPEEDS)
+            if not (folder / wav).exists():
+                audio = voice(text, speed=speed, seed=number)
+                part = folder / f"{wav}.part"
+                soundfile.write(part, audio, SAMPLE_RATE, format="FLAC")
+                os.replace(part, folder / wav)
             rows.append(json.dumps({"wav": wav, "txt": text}))
         part = folder / f"{name}.jsonl.part"
         part.write_text("\n".join(rows) + "\n")

@@ -44,7 +44,7 @@ def decode_greedily(positions: Tensor, embeddings: Tensor, blank_id: int) -> Ten
     return tokens[tokens != blank_id]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(Arguments, argv)
     utterances = read_manifest(args.data_path)

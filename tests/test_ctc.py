@@ -117,3 +117,32 @@ def test_positions_near_the_blank_are_dropped_whatever_their_length():
     assert len(kept[1]) == 0
     [kept] = ctc.drop_blanks([positions], blank, threshold=0.9)
     assert torch.equal(kept, positions[1:])
+
+
+def read_spans(alignment):
+    """Where each token of an alignment is: (first position, one past the last)."""
+    spans = []
+    last = BLANK
+    for position, token in enumerate(alignment):
+        if token != BLANK:
+            if token == last:
+                spans[-1] = (spans[-1][0], position + 1)
+            else:
+                spans.append((position, position + 1))
+        last = token
+    return spans
+
+
+@pytest.mark.parametrize("target", [[], [1], [1, 1], [1, 2], [3, 3, 2]])
+def test_tokens_stand_where_the_most_probable_alignment_has_them(target):
+    embeddings = make_embeddings(4)
+    for length in range(1, 6):
+        audio = make_audio(length).detach()
+        logits = audio @ embeddings.weight.T
+        alignments = [x for x in product(range(4), repeat=length) if collapse(x) == target]
+        spans = ctc.align(audio, target, embeddings, BLANK)
+        if alignments:
+            best = max(alignments, key=lambda x: logits[range(length), list(x)].sum().item())
+            assert spans == read_spans(best)
+        else:
+            assert spans is None

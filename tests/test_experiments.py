@@ -1,9 +1,11 @@
 """The experiments and the measurements of bench/, on tiny models."""
 
 import json
+import random
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import tiny
@@ -11,7 +13,7 @@ import torch
 
 from bench import memory, speed, startup
 from command import InputError
-from experiments import ablate, augment, ctc_probe, long_audio
+from experiments import ablate, augment, ctc_probe, long_audio, word_times
 from loading import read_config
 from manifest import read_manifest
 
@@ -215,3 +217,20 @@ def test_memory_is_measured_in_each_process(training, monkeypatch):
 def test_scripts_have_no_mistakes_of_syntax():
     for script in Path(ablate.__file__).parent.glob("*.sh"):
         subprocess.run(["bash", "-n", script], check=True)
+
+
+def test_word_times_are_compared_with_when_the_voice_speaks(projector, monkeypatch, capsys):
+    tone = np.sin(np.arange(24_000)).astype(np.float32)  # a second, between two halves of silence
+    silence = np.zeros(12_000, np.float32)
+    voice = np.concatenate([silence, tone, silence])
+    monkeypatch.setattr(word_times, "Hibari", lambda: lambda text, seed: voice)
+    samples, times = word_times.make_recording(word_times.Hibari(), ["a", "b"], random.Random(0))
+    for start, end in times:
+        assert end - start == pytest.approx(1, abs=0.02)
+        assert abs(samples[round(16_000 * start) :][:160]).max() > 0.5
+    assert times[1][0] - times[0][1] >= 0.2
+    flags = ["--recordings", "2", "--utterances", "1", "--utterance", "word"]
+    word_times.main(["--projector_model_path", projector, *flags])
+    cells = read_cells(capsys.readouterr().out)
+    assert cells["start"][0] == cells["end"][0]
+    assert float(cells["end"][1]) >= 0

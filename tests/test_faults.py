@@ -12,6 +12,7 @@ import pytest
 import tiny
 from test_train import flags
 
+import arguments
 import recognize
 import train
 from command import run_command
@@ -125,6 +126,13 @@ def test_several_gpus_in_one_process_are_refused_with_both_ways_on(here, monkeyp
     message = fail(train.main, flags(here, Path("out"), ""))
     assert "2 GPUs are visible and one process was started: torchrun" in message
     assert message.endswith("--nproc_per_node=2 train.py ..., or CUDA_VISIBLE_DEVICES=0")
+
+
+def test_deepspeed_that_is_not_installed_is_missed_only_by_its_flag(here, monkeypatch):
+    monkeypatch.setattr(arguments, "is_deepspeed_available", lambda: False)
+    message = fail(train.main, flags(here, Path("out"), "--deepspeed zero.json"))
+    assert message.endswith("--deepspeed needs a package that is not there: pip install deepspeed")
+    train.main(flags(here, Path("out"), "--max_steps 1 --save_strategy no"))
 
 
 def test_half_precision_trains_with_a_warning(here):

@@ -1,23 +1,29 @@
 """Projector files, models that moved or are others, and what cannot be loaded."""
 
+import json
 import os
 import random
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config
 
+from arguments import RecognitionArguments
 from cache import Encoder
 from command import InputError
 from data import load_audio
 from loading import build, load, load_whisper, set_precision
+from machine import has_fast_bf16
 from manifest import read_duration, read_manifest
 from model import Config
+from tools import transcribe
 
 
 @pytest.fixture
@@ -131,6 +137,19 @@ def test_what_is_no_whisper_is_refused_with_the_names_and_none_of_its_code_is_ru
     assert not Path("was-run").exists()
 
 
+def test_files_and_names_of_transformers_are_no_whisper_and_the_name_is_given(
+    config, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model.encoder.conv1.weight": torch.ones(2)}, "pytorch_model.bin")
+    message = "pytorch_model.bin is no openai-whisper file .it has no 'dims', as files of transf"
+    with pytest.raises(InputError, match=message):
+        build(replace(config, whisper_model_name_or_path="pytorch_model.bin"))
+    for name in ("openai/whisper-large-v3", "whisper-large-v3/", "whisper-large-v3/model.bin"):
+        with pytest.raises(InputError, match="did you mean large-v3[?].; valid names: tiny.en"):
+            build(replace(config, whisper_model_name_or_path=name))
+
+
 def test_what_is_no_llm_and_no_folder_for_the_cache_is_refused_by_name(paths, config):
     other = replace(config, llm_model_name_or_path="no/such/model")
     with pytest.raises(InputError, match="--llm_model_name_or_path no/such/model cannot be load"):
@@ -165,6 +184,146 @@ def test_an_llm_without_a_chat_template_is_refused_until_it_has_one(paths, tmp_p
     assert build(config).before == model.before
 
 
+SIZES = {"vocab_size": 263, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+
+
+def make_folder(folder, llm):
+    """A folder of a random LLM and the tiny tokenizer."""
+    llm.save_pretrained(folder)
+    tiny.make_tokenizer(tiny.CHATML, "<|im_end|>").save_pretrained(folder)
+    return str(folder)
+
+
+def edit(path, **changes):
+    """Changes a file of JSON; what becomes None is left out."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: x for key, x in content.items() if x is not None}))
+
+
+def edit_weights(folder, change):
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, {"format": "pt"})
+
+
+def rename(weights):
+    return {f"base.{name}": x for name, x in weights.items()}
+
+
+def lose(weights):
+    return {name: x for name, x in weights.items() if "layers.1.mlp" not in name}
+
+
+def spoil(weights):
+    weights["model.norm.weight"] *= torch.nan
+    return weights
+
+
+BROKEN = {
+    "pointer": "its weights are no whole file .*; fetch them again, from git with git lfs",
+    "lost": "its files lack 3 of its weights, model.layers.1.mlp.down_proj.weight among them",
+    "renamed": r"its files lack \d+ of its weights, lm_head.weight among them: fetch them again",
+    "resized": "its weights have other sizes than its config.json says; fetch both from one place",
+    "remote": "it needs code of its own, and none that comes with a model is run; wanted an LLM t",
+    "quantised": "cannot be loaded: .*pip install.*; install what it needs, or take another LLM",
+    "tokenizer": "it has no tokenizer that can be read; put its tokenizer.json there",
+    "empty": "its tokenizer has no token for a space: put its tokenizer.json there",
+    "small": "its tokenizer has a token 262, and the LLM embeddings of 200 tokens: put the token",
+    "spoilt": "fails in training: ValueError: its loss is nan, and no gradient reaches its inputs",
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_an_llm_whose_files_are_broken_is_refused_in_one_line(paths, config, tmp_path, fault):
+    folder = Path(shutil.copytree(paths.llama, tmp_path / "llm"))
+    weights, settings = folder / "model.safetensors", folder / "config.json"
+    if fault == "pointer":
+        weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 3\n")
+    elif fault == "lost":
+        edit_weights(folder, lose)
+    elif fault == "renamed":
+        edit_weights(folder, rename)
+    elif fault == "spoilt":
+        edit_weights(folder, spoil)
+    elif fault == "resized":
+        edit(settings, intermediate_size=64)
+    elif fault == "remote":
+        edit(settings, model_type="own", auto_map={"AutoConfig": "code.OwnConfig"})
+        (folder / "code.py").write_text(f"open({str(tmp_path / 'was-run')!r}, 'w')")
+    elif fault == "quantised":
+        edit(settings, quantization_config={"quant_method": "awq", "bits": 4, "group_size": 128})
+    elif fault == "tokenizer":
+        (folder / "tokenizer.json").unlink()
+    elif fault == "empty":  # which transformers makes where a folder of Qwen has none
+        folder = Path(shutil.copytree(paths.qwen, tmp_path / "qwen"))
+        (folder / "tokenizer.json").unlink()
+    elif fault == "small":
+        small = AutoConfig.for_model("llama", **{**SIZES, "vocab_size": 200})
+        AutoModelForCausalLM.from_config(small).save_pretrained(folder)
+    with pytest.raises(
+        InputError, match=f"^--llm_model_name_or_path {folder}.*{BROKEN[fault]}"
+    ) as e:
+        build(replace(config, llm_model_name_or_path=str(folder)))
+    assert "\n" not in str(e.value)
+    assert not (tmp_path / "was-run").exists()
+
+
+MAMBA = {"mamba_n_heads": 4, "mamba_d_state": 16, "mamba_chunk_size": 32, "mamba_d_head": 32}
+# of random LLMs: what they are refused with, or None
+SERVES = {
+    "falcon_h1": ({**MAMBA, "mamba_d_ssm": 128}, "fails in decoding: ValueError: You passed"),
+    "bamba": ({**MAMBA, "attn_layer_indices": [1]}, "fails in decoding: ValueError: You passed"),
+    "gemma4_text": (
+        {"global_head_dim": 16, "vocab_size_per_layer_input": 263},
+        "fails in training: RuntimeError: It seems like",
+    ),
+    "bert": ({}, "fails in training: ValueError: it is no LLM that writes text, as each token"),
+    "t5": ({"d_model": 64, "d_ff": 64, "num_heads": 4}, "cannot be loaded: Unrecognized config"),
+    "lfm2": ({"layer_types": ["conv", "full_attention"]}, None),
+    "mamba2": ({"state_size": 16, "num_heads": 8, "head_dim": 16, "n_groups": 1}, None),
+}
+
+
+@pytest.mark.parametrize("family", SERVES)
+def test_an_llm_that_cannot_be_trained_through_or_decoded_with_is_refused(config, tmp_path, family):
+    options, refusal = SERVES[family]
+    llm_config = AutoConfig.for_model(family, **{**SIZES, **options})
+    if family == "t5":
+        llm = transformers.T5ForConditionalGeneration(llm_config)
+    else:
+        llm = AutoModelForCausalLM.from_config(llm_config)
+    folder = make_folder(tmp_path, llm)
+    config = replace(config, llm_model_name_or_path=folder)
+    if refusal is None:
+        assert not build(config).llm.training
+        return
+    with pytest.raises(InputError, match=f"^--llm_model_name_or_path {folder}.*{refusal}") as error:
+        build(config)
+    assert "\n" not in str(error.value)
+
+
+def test_a_multimodal_model_gives_its_language_model(config, tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    tokens = {"image_token_index": 5, "boi_token_index": 6, "eoi_token_index": 7}
+    whole = transformers.Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=SIZES, vision_config=sizes, mm_tokens_per_image=4, **tokens)
+    ).eval()
+    folder = make_folder(tmp_path, whole)
+    llm = build(replace(config, llm_model_name_or_path=folder)).llm
+    assert type(llm) is transformers.Gemma3ForCausalLM
+    assert llm.config.vocab_size == 263
+    ids = torch.tensor([[1, 2, 3]])
+    torch.testing.assert_close(llm(ids).logits, whole(ids).logits)
+    assert llm.num_parameters() < whole.num_parameters()
+
+
+def test_a_stop_may_be_the_first_token(paths, tmp_path):
+    model = tiny.make_model(paths)
+    model.llm.generation_config.eos_token_id = 0
+    assert build(save_llm(model, tmp_path)).stop_ids == {model.end_id, 0}
+
+
 def test_sampling_and_penalties_of_a_chat_are_dropped_but_its_stops_are_kept(paths, tmp_path):
     model = tiny.make_model(paths)
     chat = {"eos_token_id": [3, 4], "do_sample": True, "repetition_penalty": 9.0}
@@ -193,6 +352,12 @@ def test_bfloat16_is_used_where_the_processor_has_it_and_else_warns(config, monk
         with pytest.warns(UserWarning, match="emulates bfloat16.*computing in float32"):
             model = build(config, bf16=True)
         assert model.llm.dtype == torch.float32
+
+
+@pytest.mark.parametrize("flags", [RecognitionArguments, transcribe.Arguments])
+def test_recognition_takes_bfloat16_by_itself_where_it_is_fast(flags):
+    default = {field.name: field.default for field in fields(flags)}["bf16"]
+    assert default == has_fast_bf16()
 
 
 def mutate(content, rng):

@@ -5,6 +5,7 @@ import tiny
 import torch
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from command import InputError
 from data import IGNORE
@@ -12,6 +13,17 @@ from manifest import read_manifest
 from model import Projector
 
 FAMILIES = ["qwen", "llama", "gemma"]
+# those whose attention depends on where a row begins, with windows shorter than any row
+WINDOW = {"head_dim": 32, "sliding_window": 8}
+WINDOWS = {
+    "mistral": WINDOW,
+    "gemma2": WINDOW,
+    "gemma3_text": {**WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
+    "phi3": {"sliding_window": 8, "pad_token_id": 0},
+    "qwen2": {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0},
+    "gpt_oss": {**WINDOW, "num_local_experts": 4},
+    "mpt": {"max_seq_len": 4096},  # ALiBi
+}
 
 
 @pytest.fixture
@@ -244,6 +256,37 @@ def test_a_batch_of_four_equals_four_single_runs(paths, utterances, family):
         assert len({tuple(ids) for ids in hypotheses}) == 4
 
 
+def replace_llm(model, family, **options):
+    """The model with a random LLM of a family of transformers, as wide as the one it had."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 128, "num_key_value_heads": 2, "initializer_range": 0.2}
+    config = AutoConfig.for_model(family, vocab_size=263, **{**sizes, **options})
+    model.llm = AutoModelForCausalLM.from_config(config).requires_grad_(False)
+    model.llm.generation_config.eos_token_id = model.end_id
+    return model
+
+
+@pytest.mark.parametrize("family", WINDOWS)
+def test_a_row_is_read_the_same_alone_and_beside_a_longer_one(model, utterances, family):
+    replace_llm(model, family, **WINDOWS[family])
+    model.before, model.after = model.before[:1], model.after[:1]  # padding is within the window
+    rows = [utterances[0], utterances[-1]]
+    assert rows[1].duration > 2 * rows[0].duration
+    together = run(model, rows, num_items_in_batch=8)["loss"]
+    apart = 0
+    for row in rows:
+        apart += run(model, [row], num_items_in_batch=8)["loss"]
+    assert abs(together - apart) < 1e-5
+    audio, _ = embed(model, rows)
+    for beams in (1, 3):
+        hypotheses = []
+        for row in rows:
+            single, _ = embed(model, [row])
+            hypotheses += model.generate(single, beams)
+        assert model.generate(audio, beams) == hypotheses
+
+
 def test_the_listening_gap_is_the_loss_with_the_audio_of_others_less_the_loss(model, utterances):
     model.eval()
     first, second, third = utterances[:3]
@@ -307,6 +350,15 @@ def test_hypotheses_end_with_their_audio_or_where_they_are_told_to(model, uttera
         assert lengths_of(ids) == [most - 1] * len(audio)
 
 
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_where_all_audio_is_blank_nothing_is_said(model, utterances, num_beams):
+    [speech, *_], _ = embed(model, utterances)
+    silence = model.embed_text([model.blank_id] * 5)
+    [said] = model.generate([speech], num_beams)
+    assert model.generate([speech, silence], num_beams) == [said, []]
+    assert said
+
+
 def test_decoding_ends_at_the_llms_own_stops_too(model, utterances):
     audio, _ = embed(model, utterances[:1])
     [free] = model.generate(audio, num_beams=1)
@@ -358,6 +410,17 @@ def test_beams_compete_by_probability_and_not_by_its_mean_a_token(model, utteran
         counts.add(count)
     assert len(counts) > 2
     assert scores.argmax() == 0
+
+
+def test_a_batch_stays_within_the_positions_that_longrope_turns_alike(model, utterances):
+    rope = {"rope_type": "longrope", "rope_theta": 1e4}
+    rope |= {"short_factor": [1.0] * 16, "long_factor": [1.5] * 16}
+    options = {"rope_parameters": rope, "original_max_position_embeddings": 72}
+    replace_llm(model, "phi3", pad_token_id=0, **options)
+    prompt = len(model.before) + len(model.after)
+    message = f"at most {72 - prompt} are allowed by the LLM's original_max_position_embeddings"
+    with pytest.raises(InputError, match=message):
+        model.collator()(utterances)
 
 
 def test_the_llms_positions_limit_what_is_collated_unless_the_flag_is_lower(model, utterances):

