@@ -98,6 +98,24 @@ def describe_folder(folder: str) -> str:
     return f"there is no whole checkpoint in {folder}; wanted a checkpoint-N of train.py"
 
 
+def go_on(args: TrainingArguments, arguments: dict, checkpoint: str, utterances: int) -> bool:
+    """Whether a run has steps left behind a checkpoint. One that has none gets its last weights.
+
+    Says what comes, and warns of flags that are others than the checkpoint's `arguments`.
+    InputError where its optimizer is missing or would be lost.
+    """
+    steps = count_steps(args, utterances)
+    if is_finished(args, checkpoint, steps):
+        if args.should_save:
+            keep_last_weights(args, checkpoint)
+            print(f"{args.output_dir} is finished: all of its {steps} steps are done")
+        return False
+    check_checkpoint(args, checkpoint)
+    if args.process_index == 0:
+        report_resume(arguments, checkpoint)
+    return True
+
+
 def count_steps(args: TrainingArguments, utterances: int) -> int:
     """The steps of a whole run, as the Trainer counts them."""
     if args.max_steps > 0:

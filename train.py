@@ -20,13 +20,9 @@ import scoring
 from arguments import TrainingArguments
 from checkpoints import (
     NoteArithmetic,
-    check_checkpoint,
-    count_steps,
     describe_arguments,
     find_checkpoint,
-    is_finished,
-    keep_last_weights,
-    report_resume,
+    go_on,
     start_deepspeed,
     write_arguments,
 )
@@ -102,16 +98,8 @@ def train(args: TrainingArguments, config: Config, checkpoint: str | None) -> No
     seed = args.seed if args.data_seed is None else args.data_seed
     utterances = read_manifest(args.data_path)
     arguments = describe_arguments(args)
-    if checkpoint is not None:
-        steps = count_steps(args, len(utterances))
-        if is_finished(args, checkpoint, steps):
-            if args.should_save:
-                keep_last_weights(args, checkpoint)
-                print(f"{args.output_dir} is finished: all of its {steps} steps are done")
-            return
-        check_checkpoint(args, checkpoint)
-        if args.process_index == 0:
-            report_resume(arguments, checkpoint)
+    if checkpoint is not None and not go_on(args, arguments, checkpoint, len(utterances)):
+        return
     train_rows = by_length(utterances, args.global_batch_size, seed)
     eval_rows = None
     if args.eval_data_path:

@@ -8,8 +8,9 @@ import torch
 from whisper import log_mel_spectrogram
 
 from command import InputError
-from data import IGNORE, Collator, by_length, load_audio, log_mel
+from data import IGNORE, Collator, by_length, log_mel
 from manifest import Utterance, read_manifest
+from sound import load_audio
 
 
 @pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg", "a.opus", "a.mp3"])
