@@ -17,7 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import GatheredParameters
 
 import scoring
-from arguments import TrainingArguments
+from arguments import TrainingArguments, check_drop_last, check_evaluation
 from checkpoints import (
     NoteArithmetic,
     describe_arguments,
@@ -97,6 +97,7 @@ def train(args: TrainingArguments, config: Config, checkpoint: str | None) -> No
         raise InputError(f"--output_dir {args.output_dir}: {error.strerror}") from error
     seed = args.seed if args.data_seed is None else args.data_seed
     utterances = read_manifest(args.data_path)
+    check_drop_last(args, "data_path", len(utterances), args.train_batch_size)
     arguments = describe_arguments(args)
     if checkpoint is not None and not go_on(args, arguments, checkpoint, len(utterances)):
         return
@@ -104,6 +105,7 @@ def train(args: TrainingArguments, config: Config, checkpoint: str | None) -> No
     eval_rows = None
     if args.eval_data_path:
         eval_rows = read_manifest(args.eval_data_path)
+        check_evaluation(args, eval_rows)
     transformers.set_seed(args.seed)  # for the projector's first weights
     model = build(config, args.bf16, args.encoder_cache, training=True)
     if args.projector_model_path is not None and checkpoint is None:
@@ -144,13 +146,15 @@ def mean_listening_gap(gaps: np.ndarray) -> dict[str, float]:
 def recognise_and_score(
     model: SpeechLLM, utterances: list[Utterance], args: TrainingArguments
 ) -> dict[str, float]:
-    """WER or CER, and its edits, of greedy hypotheses."""
+    """wer, cer or mer in %, and its edits, of greedy hypotheses."""
     workers = args.dataloader_num_workers
     for _ in recognize(model, utterances, [1], args.eval_batch_size, num_workers=workers):
         pass  # each batch adds its hypotheses
     results = [make_result(x, 1) for x in utterances]
     metric, normalizer = scoring.choose_metric(results, "auto", "auto")
-    return scoring.error_rate(results, metric, normalizer)
+    cells = scoring.error_rate(results, metric, normalizer)
+    rate = cells.pop(f"{metric} %")
+    return {metric.lower(): rate, **cells}
 
 
 def main(argv: list[str] | None = None) -> None:

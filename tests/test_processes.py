@@ -49,7 +49,7 @@ OPTIONS = """\
 # of checkpoints and runs: how many processes, and whether with ZeRO
 KINDS = [(1, False), (2, False), (1, True), (2, True)]
 TRAINED = ("loss", "llm_loss", "ctc_loss", "grad_norm", "learning_rate")
-ERROR_RATE = ("eval_WER %", "eval_substitutions", "eval_deletions", "eval_insertions")
+ERROR_RATE = ("eval_wer", "eval_substitutions", "eval_deletions", "eval_insertions")
 
 
 def make_command(paths, folder: Path, setup: str) -> str:

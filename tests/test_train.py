@@ -380,7 +380,7 @@ def test_recognition_between_steps_changes_none(paths, tmp_path):
     options += f" --save_strategy no --eval_data_path {paths.manifest}"
     plain = run(paths, tmp_path / "plain", options)
     recognised = run(paths, tmp_path / "recognised", f"{options} --eval_hypotheses 8")
-    assert len(log(tmp_path / "recognised", "eval_WER %")) == 2
+    assert len(log(tmp_path / "recognised", "eval_wer")) == 2
     assert equal(plain, recognised)
 
 
