@@ -1,15 +1,30 @@
-"""What this machine computes fast."""
+"""This process, and what its machine computes fast."""
 
 import os
+import time
 import warnings
 
 import torch
 from accelerate import PartialState
 
+LET_GO = 0.2  # seconds that threads of other libraries get for it
+
 
 def get_process() -> PartialState:
     """This process among those of the run, with its device; the CPU if there is no accelerator."""
     return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def end_processes() -> None:
+    """Leave the run's group of processes, at the end of a command.
+
+    gloo's threads let go of the last tensors a moment after these have arrived, and need the
+    interpreter for it. A thread that still wants it when it ends would abort the process.
+    """
+    state = PartialState()
+    if state.num_processes > 1:
+        time.sleep(LET_GO)
+    state.destroy_process_group()
 
 
 def choose_workers() -> int:

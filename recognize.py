@@ -22,7 +22,7 @@ import scoring
 from arguments import RecognitionArguments
 from command import InputError, parse_arguments, run_command
 from loading import load
-from machine import get_process
+from machine import end_processes, get_process
 from manifest import Utterance, read_manifest
 from model import SpeechLLM
 from words import time_words
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
             parts[beams].replace(path)
         if table:
             print(scoring.format_report(table, dropped, metric, normalizer))
-    state.destroy_process_group()
+    end_processes()
 
 
 if __name__ == "__main__":

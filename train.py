@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import transformers
-from accelerate import PartialState
 from accelerate.utils import GatheredParameters
 
 import scoring
@@ -22,6 +21,7 @@ from checkpoints import NoteArithmetic, find_checkpoint, start_deepspeed
 from command import InputError, parse_arguments, run_command
 from data import by_length
 from loading import build, read_config
+from machine import end_processes
 from manifest import Utterance, read_manifest
 from model import Config, SpeechLLM
 from recognize import make_result, recognize
@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     if checkpoint:
         args.projector_model_path = f"{checkpoint}/model.safetensors"
     train(args, make_config(args), checkpoint)
-    PartialState().destroy_process_group()
+    end_processes()
 
 
 if __name__ == "__main__":
