@@ -38,6 +38,16 @@ def choose_workers() -> int:
     return min(4, (os.cpu_count() or 1) // processes)
 
 
+def may_fork() -> bool:
+    """Whether data workers may be forked: not from one of several processes on CPUs.
+
+    These share their results by threads of gloo. A worker that is forked while one of them holds a
+    lock of the interpreter would wait for it forever.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+    return processes == 1 or torch.accelerator.is_available()
+
+
 def has_fast_bf16() -> bool:
     """Whether bfloat16 is faster here than float32: on accelerators and CPUs made for it.
 
