@@ -109,7 +109,8 @@ def test_the_published_command_runs_flag_for_flag(tmp_path, monkeypatch, setup):
         train.main(shlex.split(RECIPE))
     else:
         command = f"{TORCHRUN} --nnodes=1 --nproc_per_node=2 {ROOT}/train.py {RECIPE}"
-        finish(f"{command} {ZERO}" if setup == "zero" else command, tmp_path)
+        printed = finish(f"{command} {ZERO}" if setup == "zero" else command, tmp_path)
+        assert "each process reads its audio itself" in printed
     output_dir = tmp_path / "Qwen-1.5B-Instruct-whisper-tiny"
     newest = output_dir / "checkpoint-5"
     assert len(list(newest.glob("rng_state*.pth"))) == (1 if setup == "one" else 2)
@@ -371,7 +372,8 @@ def test_evaluation_has_the_error_rate_of_recognition(paths, tmp_path, capsys):
     recognize.main(f"{command} {options}".split())
     head, _, row, *_ = capsys.readouterr().out.splitlines()
     cells = dict(zip(head.split(" | "), row.split(" | ")))
-    for name in ("WER %", "substitutions", "deletions", "insertions"):
+    assert figures["eval_wer"] == float(cells["WER %"])
+    for name in ("substitutions", "deletions", "insertions"):
         assert figures[f"eval_{name}"] == float(cells[name])
 
 
