@@ -351,14 +351,13 @@ def check_batches(args: TrainingArguments) -> None:
         given = getattr(args.accelerator_config, flag)
         if given != value:
             raise InputError(
-                f"--accelerator_config: {flag} {given} is refused: batches are made already, "
-                "and of one length"
+                f"--accelerator_config: {flag} {given} is refused: batches are by length already"
             )
 
 
 def check_evaluation(args: TrainingArguments, utterances: list[Utterance]) -> None:
     """InputError if evaluation of these will have nothing, or not the metric for the best model."""
-    if args.eval_strategy == "no":
+    if args.eval_strategy == "no" and not args.eval_on_start:
         return
     check_drop_last(args, "eval_data_path", len(utterances), args.eval_batch_size)
     names = ["loss"]

@@ -101,7 +101,8 @@ def describe_folder(folder: str) -> str:
 def go_on(args: TrainingArguments, arguments: dict, checkpoint: str, utterances: int) -> bool:
     """Whether a run has steps left behind a checkpoint. One that has none gets its last weights.
 
-    Says what comes, and warns of flags that are others than the checkpoint's `arguments`.
+    Says what comes, and warns of `arguments` that differ from the checkpoint's; of those that it
+    keeps, its own replace them.
     InputError where its optimizer is missing or would be lost.
     """
     steps = count_steps(args, utterances)
@@ -111,8 +112,11 @@ def go_on(args: TrainingArguments, arguments: dict, checkpoint: str, utterances:
             print(f"{args.output_dir} is finished: all of its {steps} steps are done")
         return False
     check_checkpoint(args, checkpoint)
+    before = read_arguments(checkpoint)
     if args.process_index == 0:
-        report_resume(arguments, checkpoint)
+        report_resume(arguments, before, checkpoint)
+    for name in KEPT:
+        arguments[name] = before.get(name, arguments[name])  # so the next one is told the truth
     return True
 
 
@@ -222,10 +226,9 @@ def read_arguments(checkpoint: str) -> dict:
     return json.loads(path.read_text())
 
 
-def report_resume(arguments: dict, checkpoint: str) -> None:
+def report_resume(arguments: dict, before: dict, checkpoint: str) -> None:
     """Say what a run goes on from, and warn of each flag that differs there."""
     print(f"resuming from {checkpoint} at step {read_state(checkpoint).global_step}", flush=True)
-    before = read_arguments(checkpoint)
     for name, value in arguments.items():
         if name in FREE or before.get(name, value) == value:
             continue

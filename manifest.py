@@ -10,14 +10,7 @@ from typing import NoReturn
 import numpy as np
 
 from command import InputError
-from sound import (
-    LONGEST,
-    OVERSHOOT,
-    check_part,
-    load_audio,
-    read_duration,
-    read_header,
-)
+from sound import LONGEST, OVERSHOOT, check_part, load_audio, read_duration, read_header
 
 SHOWN_ERRORS = 10  # bad lines that are named; all are counted
 CHECKED = 1000  # files of a manifest that are opened to check its durations
@@ -140,7 +133,8 @@ def parse_part(row: dict) -> tuple[float, float | None]:
             check_time(name, value)
     if end is None and start is not None and duration is not None:
         end = start + duration
-    start = start or 0.0
+    if start is None:
+        start = 0.0
     if end is not None and end <= start:
         raise InputError(f'"end" must be after "{key}", {show(start)}, got {show(end)}')
     return start, end

@@ -51,7 +51,7 @@ def remove_symbols(text: str) -> str:
     return regex.sub(r"[\p{S}\p{P}]|(?<![\p{L}\p{M}])\p{M}", " ", text)
 
 
-NORMALIZERS = {"english": EnglishTextNormalizer(), "basic": Basic(), "none": str}
+NORMALIZERS = {"english": EnglishTextNormalizer(), "basic": Basic()}
 
 
 def normalize(result: dict, normalizer: str) -> tuple[str, str]:

@@ -213,10 +213,14 @@ def test_resuming_is_said_and_each_flag_that_differs_is_warned_of(paths, tmp_pat
         f"--learning_rate 0.01 has no effect: {checkpoint} goes on with 1e-05",
     ]
 
+    with pytest.warns(UserWarning, match="--learning_rate 0.01 has no effect: .* with 1e-05"):
+        run(paths, tmp_path / "out", f"{constant} --max_steps 3 --learning_rate 1e-2")
+
+    shutil.rmtree(tmp_path / "out" / "checkpoint-3")
     shutil.rmtree(tmp_path / "out" / "checkpoint-2")
     write_manifest(tmp_path / "moved.jsonl", wavs[:4], tiny.TEXTS)
     with pytest.warns(UserWarning, match="--data_path: .*checkpoint-1 had other lines"):
-        run(paths, tmp_path / "out", f"{constant} --max_steps 3 --learning_rate 1e-5")
+        run(paths, tmp_path / "out", f"{constant} --max_steps 4 --learning_rate 1e-5")
 
 
 def test_a_checkpoint_that_cannot_be_gone_on_from_is_refused_in_one_line(paths, tmp_path):
