@@ -76,7 +76,7 @@ def test_several_beams_are_one_encoding_and_have_a_file_and_a_row_each(
     names = {path.name for path in tmp_path.glob("out*")}
     assert names == {"out.beam1.jsonl", "out.beam3.jsonl"}
     printed = capsys.readouterr().out
-    assert "\nmetric: WER; normaliser: english\n" in printed
+    assert "\nmetric: WER; normaliser: basic\n" in printed
     for beams, row in zip((1, 3), read_table(printed), strict=True):
         results = read(tmp_path / f"out.beam{beams}.jsonl")
         assert [result | line for line, result in zip(rows, results, strict=True)] == results
