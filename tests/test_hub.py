@@ -137,7 +137,7 @@ def test_a_cache_of_the_hub_serves_without_network(projector, offline):
     assert find_projector("user/name") == str(snapshot / "model.safetensors")
 
 
-def test_without_network_there_is_one_line(projector, offline):
+def test_without_network_there_is_one_line(projector, offline, monkeypatch):
     line = (
         "--projector_model_path: no such file: user/name; nor is model.safetensors of user/name "
         "from the Hub: it cannot be reached, and its cache has no such file"
@@ -151,6 +151,10 @@ def test_without_network_there_is_one_line(projector, offline):
         train.main([*flags, *models])
     assert str(error.value) == line
     with pytest.raises(InputError, match="the Hub did not take user/name: .*hf auth login"):
+        upload.main(["--projector_model_path", projector, "--repo_id", "user/name"])
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(InputError, match="the Hub did not take user/name: .*refused"):
         upload.main(["--projector_model_path", projector, "--repo_id", "user/name"])
 
 

@@ -28,8 +28,8 @@ CARD = """\
 
 # {title}
 
-A projector of Slim-ASR: it lets the LLM {llm} hear what the encoder of Whisper {encoder} makes of
-speech. Both stay as they are, and come from their own places.
+A projector of Slim-ASR: it lets the LLM {llm} read
+what the encoder of Whisper {encoder} makes of speech. Both are fetched from their own places.
 
 ## Use
 
@@ -75,7 +75,6 @@ def make_card(config: Config, args: Arguments) -> str:
     models = hub_models(config)
     data = ModelCardData(
         base_model=list(models.values()) or None,
-        base_model_relation="adapter",
         language=args.language,
         license=args.license,
         pipeline_tag="automatic-speech-recognition",
@@ -133,7 +132,7 @@ def upload(projector: Path, card: str, args: Arguments) -> str:
     try:
         api.create_repo(args.repo_id, private=args.private, exist_ok=True)
         return api.create_commit(args.repo_id, files, commit_message="Add a projector").commit_url
-    except (OSError, ValueError) as error:
+    except Exception as error:  # also those of the Hub's HTTP library, which changes
         reason = " ".join(str(error).split())
         raise InputError(
             f"the Hub did not take {args.repo_id}: {reason}; is the network there, and did you log "
