@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import tiny
@@ -332,6 +334,15 @@ def test_train_and_dev_share_no_speaker(tmp_path, capsys):
     write(path, lines[0])
     with pytest.raises(InputError, match="needs two speakers or more"):
         run(path, "nemo", *flags)
+
+
+def test_each_corpus_has_a_line_in_and_a_line_out_in_the_docs():
+    text = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    for name in get_args(prepare.CORPORA):
+        section = text.split(f"### {name}\n")[1].split("\n#")[0]
+        given, made = re.findall(r"```(?:json)?\n(.+?)\n```", section, re.DOTALL)
+        keys = {"wav", "txt", "key", "spk", "duration", "start", "end"}
+        assert keys >= json.loads(made).keys() >= {"wav", "txt", "key", "duration"}
 
 
 @pytest.mark.parametrize(
