@@ -180,6 +180,9 @@ def test_the_card_has_the_settings_and_the_results(projector, offline):
     assert "--projector_model_path user/name --wav" in card.text
     assert "| prompt | Repeat word for word: |" in card.text
     assert "None yet." in card.text
+    Path("Qwen/Qwen2-1.5B").mkdir(parents=True)  # the name is that of a folder
+    upload.main(["--projector_model_path", "model.safetensors", *flags])
+    assert ModelCard.load("README.md").data.base_model == ["openai/whisper-tiny"]
     results = ["--results_path", "table.md"]
     upload.main(["--projector_model_path", projector, *flags, *results])
     card = ModelCard.load("README.md")
