@@ -20,20 +20,39 @@ from command import InputError
 from manifest import Utterance
 
 IGNORE = -100  # the label of a position without loss, as in transformers and torch
+SLACK = 0.5  # seconds by which a part may end behind its file, as in Kaldi
 SILENCE = SAMPLE_RATE // 2  # samples; windows under 30 s are multiples of it
 
 
-def load_audio(path: str) -> np.ndarray:
-    """Any file that libsndfile reads (wav, flac, ogg, opus, mp3) -> (S,) float32, mono, 16 kHz."""
+def load_audio(path: str, start: float = 0.0, end: float | None = None) -> np.ndarray:
+    """Any file that libsndfile reads (wav, flac, ogg, opus, mp3) -> (S,) float32, mono, 16 kHz.
+
+    Of the file only the part from `start` to `end`, in seconds, is read; None is its end.
+    """
     if not os.path.isfile(path):
         raise InputError(f"no such audio file: {path}")
     try:
-        audio, rate = soundfile.read(path, dtype="float32", always_2d=True)  # (S, channels)
+        with soundfile.SoundFile(path) as file:
+            rate = file.samplerate
+            frames = -1
+            if end is not None:
+                check_part(path, file.frames / rate, end)
+                file.seek(round(start * rate))
+                frames = round((end - start) * rate)
+            audio = file.read(frames, dtype="float32", always_2d=True)  # (S, channels)
     except (RuntimeError, MemoryError, TypeError, ValueError) as error:  # a false size; .raw
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{path} cannot be decoded as audio: {error}") from error
     audio = soxr.resample(audio.mean(axis=1), rate, SAMPLE_RATE)
     check_samples(audio, path)
     return audio
+
+
+def check_part(path: str, seconds: float, end: float) -> None:
+    """InputError where a part ends more than `SLACK` behind its file's end."""
+    if end > seconds + SLACK:
+        raise InputError(f"{path} has {seconds:.2f} s, but a part of it ends at {end} s")
 
 
 def check_samples(audio: np.ndarray, name: str) -> None:
@@ -95,7 +114,7 @@ class Collator:
         for utterance in utterances:
             audio = utterance.samples
             if audio is None:
-                audio = load_audio(utterance.path)
+                audio = load_audio(utterance.path, utterance.start, utterance.end)
             length = -(-len(audio) // N_SAMPLES_PER_TOKEN)
             answer = self.encode_answer(utterance.text or "")
             self.check_length(utterance, length, answer)

@@ -1,11 +1,15 @@
 """From names and files to a SpeechLLM."""
 
+import os
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 import whisper
 from accelerate import PartialState
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -22,6 +26,8 @@ from command import InputError
 from data import IGNORE
 from machine import choose_attention, choose_bf16
 from model import FORMAT, Config, SpeechLLM
+
+HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+(?<!\.safetensors))(?:/(.+\.safetensors))?")
 
 
 def build(
@@ -221,10 +227,13 @@ def load(
     bf16: bool = False,
     encoder_cache: str | None = None,
 ) -> SpeechLLM:
-    """The SpeechLLM of a projector file; its models may have moved, and are then given.
+    """The SpeechLLM of a projector, a file or a name on the Hub.
+
+    Its models may have moved, and are then given.
 
     InputError for a file that is no projector, and for models that it was not trained with.
     """
+    path = find_projector(path)
     config = read_config(
         path,
         llm_model_name_or_path=llm_model_name_or_path,
@@ -233,6 +242,24 @@ def load(
     model = build(config, bf16, encoder_cache)
     model.load_projector(path)
     return model
+
+
+def find_projector(path: str) -> str:
+    """The path, or where nothing is there the file of `user/name[/file.safetensors]` on the Hub."""
+    name = HUB_NAME.fullmatch(path)
+    if os.path.exists(path) or name is None:
+        return path
+    repository, file = name.group(1), name.group(2) or "model.safetensors"
+    try:
+        return hf_hub_download(repository, file)
+    except LocalEntryNotFoundError:
+        reason = "it cannot be reached, and its cache has no such file"
+    except (EntryNotFoundError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+    raise InputError(
+        f"--projector_model_path: no such file: {path}; nor is {file} of {repository} from the "
+        f"Hub: {reason}"
+    )
 
 
 def load_whisper(name: str) -> nn.Module:

@@ -23,6 +23,8 @@ class Utterance:
     duration: float  # seconds
     text: str | None = None  # what is said, where that is known
     row: dict = field(default_factory=dict)  # the manifest's line
+    start: float = 0.0  # seconds into the file
+    end: float | None = None  # likewise; None is the file's end
     samples: np.ndarray | None = None  # (S,), mono at 16 kHz, in place of the file
     hypotheses: dict[int, str] = field(default_factory=dict)  # by the width of the beam
     words: dict[int, list[dict]] = field(default_factory=dict)  # likewise, with their times
@@ -73,12 +75,39 @@ def parse_line(line: bytes, folder: Path, need_text: bool) -> Utterance:
     text = row.get("txt")
     if need_text or text is not None:
         check_text(text, need_text)
+    start, end = read_part(row)
     duration = row.get("duration")
-    if duration is None:
+    if end is not None:
+        duration = end - start
+    elif duration is None:
         duration = read_duration(path)
     else:
         check_duration(duration)
-    return Utterance(str(path), max(round(duration, 2), 0.01), text, row)
+    return Utterance(str(path), max(round(duration, 2), 0.01), text, row, start, end)
+
+
+def read_part(row: dict) -> tuple[float, float | None]:
+    """From where to where a line's part of its file goes, in seconds; (0.0, None) is all of it.
+
+    `start` and `end` are WeNet's and Kaldi's keys, `offset` beside `duration` is NeMo's.
+    """
+    start, end = row.get("start"), row.get("end")
+    wanted = '"start" and "end" must be seconds, and the end after the start'
+    if start is None and end is None:
+        start = row.get("offset")
+        if start is None:
+            return 0.0, None
+        wanted = '"offset" and "duration" must be seconds'
+        end = row.get("duration")
+        if is_number(start) and is_number(end):
+            end = start + end
+    if not is_number(start) or not is_number(end) or not 0 <= start < end < LONGEST:
+        raise InputError(f"{wanted}, got {show(start)} and {show(end)}")
+    return float(start), float(end)
+
+
+def is_number(value) -> bool:
+    return type(value) in (int, float)
 
 
 def parse_json_object(line: bytes) -> dict:
@@ -116,7 +145,7 @@ def check_text(text, need_text: bool) -> None:
 
 def check_duration(duration) -> None:
     """InputError if it is no number of seconds that audio may have."""
-    if type(duration) not in (int, float) or not 0 < duration < LONGEST:
+    if not is_number(duration) or not 0 < duration < LONGEST:
         wanted = '"duration" must be a positive number of seconds'
         raise InputError(f"{wanted}, got {show(duration)}")
 

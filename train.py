@@ -21,7 +21,7 @@ from arguments import TrainingArguments
 from checkpoints import NoteArithmetic, find_checkpoint, start_deepspeed
 from command import InputError, parse_arguments, run_command
 from data import by_length
-from loading import build, read_config
+from loading import build, find_projector, read_config
 from manifest import Utterance, read_manifest
 from model import Config, SpeechLLM
 from recognize import make_result, recognize
@@ -144,6 +144,8 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = find_checkpoint(args)
     if checkpoint:
         args.projector_model_path = f"{checkpoint}/model.safetensors"
+    elif args.projector_model_path:
+        args.projector_model_path = find_projector(args.projector_model_path)
     train(args, make_config(args), checkpoint)
     PartialState().destroy_process_group()
 

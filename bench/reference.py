@@ -34,7 +34,7 @@ class Reference(nn.Module):
         for utterance in utterances:
             audio = utterance.samples
             if audio is None:
-                audio = load_audio(utterance.path)
+                audio = load_audio(utterance.path, utterance.start, utterance.end)
             window = pad_or_trim(audio)
             mel.append(log_mel_spectrogram(window, self.encoder.conv1.in_channels))
             chat = [

@@ -38,7 +38,7 @@ def join(utterances: list[Utterance], seconds: float) -> list[Utterance]:
     """Recordings of at least so many seconds, but for the last; none is in a file."""
     recordings, audio, texts, size = [], [], [], 0
     for utterance in utterances:
-        samples = load_audio(utterance.path)
+        samples = load_audio(utterance.path, utterance.start, utterance.end)
         audio += [samples, PAUSE]
         texts.append(utterance.text)
         size += len(samples) + len(PAUSE)

@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     results = []
     start = time.perf_counter()
     for utterance in tqdm(utterances):  # one by one, as Whisper's beam search takes no batches
-        audio = load_audio(utterance.path)
+        audio = load_audio(utterance.path, utterance.start, utterance.end)
         text = decode(model, audio, args.language, args.num_beams)
         utterance.hypotheses[args.num_beams] = text
         result = make_result(utterance, args.num_beams)
