@@ -24,7 +24,8 @@ def drop_blanks(audio: list[Tensor], blank: Tensor, threshold: float) -> list[Te
     joined = torch.cat(audio)
     similarity = nn.functional.cosine_similarity(joined, blank, dim=-1)
     kept = (similarity < threshold).cpu()  # waits for the device, and once for all utterances
-    counts = [int(part.sum()) for part in kept.split([len(x) for x in audio])]
+    lengths = [len(x) for x in audio]
+    counts = [int(part.sum()) for part in kept.split(lengths)]
     indices = send(kept.nonzero()[:, 0], joined.device)
     return list(joined[indices].split(counts))
 

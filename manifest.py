@@ -23,11 +23,11 @@ class Utterance:
     duration: float  # seconds
     text: str | None = None  # what is said, where that is known
     row: dict = field(default_factory=dict)  # the manifest's line
-    start: float = 0.0  # seconds into the file
-    end: float | None = None  # likewise; None is the file's end
     samples: np.ndarray | None = None  # (S,), mono at 16 kHz, in place of the file
     hypotheses: dict[int, str] = field(default_factory=dict)  # by the width of the beam
     words: dict[int, list[dict]] = field(default_factory=dict)  # likewise, with their times
+    start: float = 0.0  # seconds into the file
+    end: float | None = None  # likewise; None is the file's end
 
 
 def read_manifest(paths: list[str], need_text: bool = True) -> list[Utterance]:
@@ -83,7 +83,8 @@ def parse_line(line: bytes, folder: Path, need_text: bool) -> Utterance:
         duration = read_duration(path)
     else:
         check_duration(duration)
-    return Utterance(str(path), max(round(duration, 2), 0.01), text, row, start, end)
+    seconds = max(round(duration, 2), 0.01)
+    return Utterance(str(path), seconds, text, row, start=start, end=end)
 
 
 def read_part(row: dict) -> tuple[float, float | None]:
