@@ -9,9 +9,28 @@ import torch
 import transformers
 from accelerate.utils import is_deepspeed_available
 from transformers.hf_argparser import HfArg
+from transformers.integrations import get_available_reporting_integrations
 
 from command import InputError
 from machine import choose_bf16, choose_workers, has_fast_bf16
+
+# flags of the Trainer that break here or mean nothing, and what is said of them
+REFUSED = {
+    "auto_find_batch_size": "batches are put together by length before; lower the batch size",
+    "batch_eval_metrics": "evaluation measures all batches together",
+    "eval_do_concat_batches": "evaluation measures all batches together",
+    "fsdp": "take --deepspeed ds_config_zero3.json to share an LLM out",
+    "include_for_metrics": "evaluation measures what it does, and needs no more",
+    "label_names": "evaluation would have no loss",
+    "label_smoothing_factor": "the losses are the model's own",
+    "neftune_noise_alpha": "it is for embeddings that learn",
+    "push_to_hub": "upload model.safetensors when training is done",
+    "use_liger_kernel": "it changes models of transformers alone, and this one holds its LLM",
+}
+# the same within --accelerator_config
+PLAIN_BATCHES = {"split_batches": False, "dispatch_batches": None, "even_batches": True}
+ERROR_RATES = ("wer", "cer", "mer")
+EDITS = ("substitutions", "deletions", "insertions")
 
 
 @dataclass(kw_only=True)
@@ -84,6 +103,20 @@ class TrainingArguments(transformers.TrainingArguments):
     )
 
     def __post_init__(self):
+        for flag, reason in REFUSED.items():
+            value = getattr(self, flag)
+            if value != getattr(transformers.TrainingArguments, flag, []):  # the default
+                raise InputError(f"--{flag} {value} is refused: {reason}")
+        for flag in ("output_dir", "projector_model_path", "encoder_cache"):
+            check_not_empty(flag, getattr(self, flag))
+        for flag in ("save_steps", "eval_steps", "logging_steps", "model_max_length"):
+            check_above_zero(flag, getattr(self, flag))
+        if self.max_steps == 0:
+            raise InputError("--max_steps must be at least 1, or -1 for --num_train_epochs, got 0")
+        if self.save_total_limit is not None:
+            check_positive("save_total_limit", self.save_total_limit)
+        check_not_negative("num_train_epochs", self.num_train_epochs)
+        check_not_negative("weight_decay", self.weight_decay)
         check_positive("per_device_train_batch_size", self.per_device_train_batch_size)
         check_positive("per_device_eval_batch_size", self.per_device_eval_batch_size)
         check_positive("gradient_accumulation_steps", self.gradient_accumulation_steps)
@@ -126,13 +159,13 @@ class TrainingArguments(transformers.TrainingArguments):
 class ScoringArguments:
     """The flags of every command that scores."""
 
-    metric: Literal["auto", "WER", "CER"] = HfArg(
+    metric: Literal["auto", "WER", "CER", "MER"] = HfArg(
         default="auto",
-        help="Whether words or characters count; auto: CER for Chinese and Japanese.",
+        help="Words (WER), characters (CER), or characters of Chinese and words of the rest (MER).",
     )
     normalizer: Literal["auto", "english", "basic", "none"] = HfArg(
         default="auto",
-        help="openai-whisper's for both sides; auto: english where references are ASCII.",
+        help="For both sides; auto: english where references are English, otherwise basic.",
     )
 
 
@@ -197,6 +230,58 @@ class RecognitionArguments(ScoringArguments):
         check_result_path(self.result_path)
 
 
+def plain_name(metric: str) -> str:
+    """A metric as evaluation names it, of a spelling like "WER %" or eval_WER."""
+    return metric.lower().removeprefix("eval_").removesuffix("%").strip()
+
+
+def check_packages(args: TrainingArguments) -> None:
+    """InputError where an optimizer or a logger needs a package that is not installed."""
+    transformers.Trainer.get_optimizer_cls_and_kwargs(args)
+    installed = get_available_reporting_integrations()
+    for name in args.report_to:
+        if name not in installed:
+            raise InputError(f"--report_to {name}: its package is not installed")
+
+
+def check_batches(args: TrainingArguments) -> None:
+    """InputError where accelerate would change the batches, which are by length already."""
+    for flag, value in PLAIN_BATCHES.items():
+        given = getattr(args.accelerator_config, flag)
+        if given != value:
+            raise InputError(
+                f"--accelerator_config: {flag} {given} is refused: batches are by length already"
+            )
+
+
+def check_evaluation(args: TrainingArguments, utterances: list[Utterance]) -> None:
+    """InputError if evaluation of these will not have the metric for the best model."""
+    check_drop_last(args, "eval_data_path", len(utterances), args.eval_batch_size)
+    names = ["loss", "runtime", "samples_per_second", "steps_per_second"]
+    if not args.prediction_loss_only:
+        if min(len(utterances), args.eval_batch_size) > 1:
+            names.append("listening_gap")
+        if args.eval_hypotheses > 0:
+            texts = [{"txt": x.text} for x in utterances[: args.eval_hypotheses]]
+            metric, _ = choose_metric(texts, "auto", "auto")
+            names += [metric.lower(), *EDITS]
+    if args.eval_strategy != "no" and args.metric_for_best_model not in [None, *names]:
+        raise InputError(
+            f"--metric_for_best_model {args.metric_for_best_model}: evaluation will have "
+            f"{', '.join(names)}; error rates need --eval_hypotheses, the gap batches of 2"
+        )
+
+
+def check_drop_last(args: TrainingArguments, flag: str, utterances: int, batch_size: int) -> None:
+    """InputError if --dataloader_drop_last leaves nothing of a set."""
+    size = batch_size * args.world_size
+    if args.dataloader_drop_last and utterances < size:
+        raise InputError(
+            f"--dataloader_drop_last leaves nothing of the {utterances} utterances in --{flag}, as "
+            f"all processes together take {size}: leave it out, or lower the batch size"
+        )
+
+
 def check_result_path(path: Path) -> None:
     if path.is_dir():
         raise InputError(f"--result_path must be a file, got the folder {path}")
@@ -205,6 +290,16 @@ def check_result_path(path: Path) -> None:
 def check_not_negative(flag: str, value: float) -> None:
     if value < 0:
         raise InputError(f"--{flag} must not be negative, got {value}")
+
+
+def check_above_zero(flag: str, value: float | None) -> None:
+    if value is not None and value <= 0:
+        raise InputError(f"--{flag} must be above 0, got {value}")
+
+
+def check_not_empty(flag: str, value: str | None) -> None:
+    if value == "":
+        raise InputError(f"--{flag} is empty: give a path, or leave it out")
 
 
 def check_positive(flag: str, value: int) -> None:

@@ -59,7 +59,8 @@ def ctc_loss(
     log_probs = logits.float().log_softmax(-1).transpose(0, 1)
     log_probs = log_probs.expand(-1, len(targets), -1)
 
-    audio_lengths = torch.tensor([len(x) for x in audio]).expand(len(targets))
+    lengths = [len(x) for x in audio]
+    audio_lengths = torch.tensor(lengths).expand(len(targets))
     target_lengths = torch.tensor([len(ids) for ids in targets])
     loss = nn.CTCLoss(blank_class, reduction="none", zero_infinity=zero_infinity)
     return loss(log_probs, send(target_classes, device), audio_lengths, target_lengths)

@@ -1,16 +1,13 @@
-"""From utterances to padded batches: audio, log-mel, labels, rows by length.
+"""From utterances to padded batches: log-mel, labels, rows by length.
 
 Shapes: B utterances, S samples, W windows of an utterance, M mel bins, F mel frames of a window
 (100 a second), T tokens.
 """
 
-import os
 import random
 from dataclasses import dataclass
 
 import numpy as np
-import soundfile
-import soxr
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -20,47 +17,7 @@ from command import InputError
 from manifest import Utterance
 
 IGNORE = -100  # the label of a position without loss, as in transformers and torch
-SLACK = 0.5  # seconds by which a part may end behind its file, as in Kaldi
 SILENCE = SAMPLE_RATE // 2  # samples; windows under 30 s are multiples of it
-
-
-def load_audio(path: str, start: float = 0.0, end: float | None = None) -> np.ndarray:
-    """Any file that libsndfile reads (wav, flac, ogg, opus, mp3) -> (S,) float32, mono, 16 kHz.
-
-    Of the file only the part from `start` to `end`, in seconds, is read; None is its end.
-    """
-    if not os.path.isfile(path):
-        raise InputError(f"no such audio file: {path}")
-    try:
-        with soundfile.SoundFile(path) as file:
-            rate = file.samplerate
-            frames = -1
-            if end is not None:
-                check_part(path, file.frames / rate, end)
-                file.seek(round(start * rate))
-                frames = round((end - start) * rate)
-            audio = file.read(frames, dtype="float32", always_2d=True)  # (S, channels)
-    except (RuntimeError, MemoryError, TypeError, ValueError) as error:  # a false size; .raw
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} cannot be decoded as audio: {error}") from error
-    audio = soxr.resample(audio.mean(axis=1), rate, SAMPLE_RATE)
-    check_samples(audio, path)
-    return audio
-
-
-def check_part(path: str, seconds: float, end: float) -> None:
-    """InputError where a part ends more than `SLACK` behind its file's end."""
-    if end > seconds + SLACK:
-        raise InputError(f"{path} has {seconds:.2f} s, but a part of it ends at {end} s")
-
-
-def check_samples(audio: np.ndarray, name: str) -> None:
-    """InputError if there are none, or some are NaN or infinite."""
-    if len(audio) == 0:
-        raise InputError(f"{name} holds no samples")
-    if not np.isfinite(audio).all():
-        raise InputError(f"{name} holds samples that are no numbers (NaN or infinite)")
 
 
 def log_mel(audio: np.ndarray, n_mels: int) -> Tensor:
@@ -112,9 +69,7 @@ class Collator:
     def __call__(self, utterances: list[Utterance]) -> dict:
         answers, mels, lengths = [], [], []
         for utterance in utterances:
-            audio = utterance.samples
-            if audio is None:
-                audio = load_audio(utterance.path, utterance.start, utterance.end)
+            audio = utterance.load()
             length = -(-len(audio) // N_SAMPLES_PER_TOKEN)
             answer = self.encode_answer(utterance.text or "")
             self.check_length(utterance, length, answer)
@@ -139,6 +94,6 @@ class Collator:
         positions = -(-length // self.stride) + len(answer)
         if positions > self.max_length:
             raise InputError(
-                f"{utterance.path}: audio and transcript take {positions} positions, but at most "
+                f"{utterance.name}: audio and transcript take {positions} positions, but at most "
                 f"{self.max_length} are allowed by {self.limit}, or cut the audio"
             )

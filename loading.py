@@ -296,8 +296,10 @@ def set_precision(encoder: nn.Module, dtype: torch.dtype) -> None:
 def read_config(path: str, **given) -> Config:
     """The config in a projector file, with what is `given` and not None in place of what is there.
 
-    InputError where that differs; but a model may have moved: the last part of its path counts.
+    The file may be a name on the Hub. InputError where what is given differs; but a model may have
+    moved: the last part of its path counts.
     """
+    path = find_projector(path)
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

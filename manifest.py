@@ -5,14 +5,22 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
-import soundfile
 
 from command import InputError
+from sound import (
+    LONGEST,
+    OVERSHOOT,
+    check_part,
+    load_audio,
+    read_duration,
+    read_header,
+)
 
 SHOWN_ERRORS = 10  # bad lines that are named; all are counted
-LONGEST = 1e8  # seconds that a manifest is believed
+CHECKED = 1000  # files of a manifest that are opened to check its durations
 
 
 @dataclass
@@ -25,9 +33,31 @@ class Utterance:
     row: dict = field(default_factory=dict)  # the manifest's line
     samples: np.ndarray | None = None  # (S,), mono at 16 kHz, in place of the file
     hypotheses: dict[int, str] = field(default_factory=dict)  # by the width of the beam
+    start: float = 0.0  # seconds of the file before it
+    end: float | None = None  # second of the file at which it ends; None is the file's end
     words: dict[int, list[dict]] = field(default_factory=dict)  # likewise, with their times
-    start: float = 0.0  # seconds into the file
-    end: float | None = None  # likewise; None is the file's end
+
+    @property
+    def name(self) -> str:
+        """The file, and which part of it, for messages."""
+        if self.end is None and self.start == 0:
+            return self.path
+        return f"{self.path} from {self.start:.2f} s"
+
+    @property
+    def claimed(self) -> float | None:
+        """Seconds of audio that the file must have by the manifest's line."""
+        if self.end is not None:
+            return self.end
+        if self.start == 0:
+            return self.row.get("duration")
+        return None
+
+    def load(self) -> np.ndarray:
+        """The audio (S,), mono at 16 kHz."""
+        if self.samples is not None:
+            return self.samples
+        return load_audio(self.path, self.start, self.end)
 
 
 def read_manifest(paths: list[str], need_text: bool = True) -> list[Utterance]:
@@ -42,14 +72,20 @@ def read_manifest(paths: list[str], need_text: bool = True) -> list[Utterance]:
                 utterances.append(parse_line(line, Path(path).parent, need_text))
             except InputError as error:
                 errors.append(f"{path}:{number}: {error}")
-    names = ", ".join(paths)
     if errors:
-        shown = "\n".join(errors[:SHOWN_ERRORS])
-        counts = f"bad lines: {len(errors)}, good lines: {len(utterances)}"
-        raise InputError(f"{names}: {counts}\n{shown}")
+        raise_errors(paths, errors, len(utterances))
     if not utterances:
+        names = ", ".join(paths)
         raise InputError(f"{names}: no utterances; wanted a JSON object a line")
+    check_durations(paths, utterances)
     return utterances
+
+
+def raise_errors(paths: list[str], errors: list[str], good: int) -> NoReturn:
+    """InputError with the number of bad lines, and the first of them."""
+    shown = "\n".join(errors[:SHOWN_ERRORS])
+    counts = f"bad lines: {len(errors)}, good lines: {good}"
+    raise InputError(f"{', '.join(paths)}: {counts}\n{shown}")
 
 
 def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
@@ -75,40 +111,39 @@ def parse_line(line: bytes, folder: Path, need_text: bool) -> Utterance:
     text = row.get("txt")
     if need_text or text is not None:
         check_text(text, need_text)
-    start, end = read_part(row)
+    start, end = parse_part(row)
     duration = row.get("duration")
     if end is not None:
         duration = end - start
     elif duration is None:
-        duration = read_duration(path)
-    else:
-        check_duration(duration)
-    seconds = max(round(duration, 2), 0.01)
-    return Utterance(str(path), seconds, text, row, start=start, end=end)
+        duration = read_duration(path) - start
+        if duration <= 0:
+            raise InputError(f"{path} ends before this part, at {start} s, starts")
+    utterance = Utterance(str(path), max(round(duration, 2), 0.01), text, row)
+    utterance.start, utterance.end = start, end
+    return utterance
 
 
-def read_part(row: dict) -> tuple[float, float | None]:
-    """From where to where a line's part of its file goes, in seconds; (0.0, None) is all of it.
+def parse_part(row: dict) -> tuple[float, float | None]:
+    """Where an utterance starts and ends in its file, in seconds; None is the file's end.
 
-    `start` and `end` are WeNet's and Kaldi's keys, `offset` beside `duration` is NeMo's.
+    A line has `start` and `end`, as in WeNet, or `offset` and `duration`, as in NeMo, or none.
+    InputError if they are no times, or no time is between them.
     """
-    start, end = row.get("start"), row.get("end")
-    wanted = '"start" and "end" must be seconds, and the end after the start'
-    if start is None and end is None:
-        start = row.get("offset")
-        if start is None:
-            return 0.0, None
-        wanted = '"offset" and "duration" must be seconds'
-        end = row.get("duration")
-        if is_number(start) and is_number(end):
-            end = start + end
-    if not is_number(start) or not is_number(end) or not 0 <= start < end < LONGEST:
-        raise InputError(f"{wanted}, got {show(start)} and {show(end)}")
-    return float(start), float(end)
-
-
-def is_number(value) -> bool:
-    return type(value) in (int, float)
+    duration, end = row.get("duration"), row.get("end")
+    if duration is not None:
+        check_duration(duration)
+    key = "offset" if row.get("start") is None else "start"
+    start = row.get(key)
+    for name, value in ((key, start), ("end", end)):
+        if value is not None:
+            check_time(name, value)
+    if end is None and start is not None and duration is not None:
+        end = start + duration
+    start = start or 0.0
+    if end is not None and end <= start:
+        raise InputError(f'"end" must be after "{key}", {show(start)}, got {show(end)}')
+    return start, end
 
 
 def parse_json_object(line: bytes) -> dict:
@@ -144,19 +179,54 @@ def check_text(text, need_text: bool) -> None:
         raise InputError(f'"txt" has {code} alone, which is half a character') from None
 
 
+def check_time(name: str, value) -> None:
+    """InputError if it is no place in audio."""
+    if type(value) not in (int, float) or not 0 <= value < LONGEST:
+        raise InputError(f'"{name}" must be a number of seconds, 0 or more, got {show(value)}')
+
+
 def check_duration(duration) -> None:
     """InputError if it is no number of seconds that audio may have."""
-    if not is_number(duration) or not 0 < duration < LONGEST:
+    if type(duration) not in (int, float) or not 0 < duration < LONGEST:
         wanted = '"duration" must be a positive number of seconds'
         raise InputError(f"{wanted}, got {show(duration)}")
 
 
-def read_duration(path: Path) -> float:
-    """Seconds of audio by the header of its file."""
-    try:
-        duration = soundfile.info(path).duration
-    except (RuntimeError, TypeError) as error:  # libsndfile's, and that of .raw
-        raise InputError(f"{path} cannot be read as audio: {error}") from error
-    if not 0 < duration < LONGEST:
-        raise InputError(f"{path} has {duration} s of audio by its header; wanted some")
-    return duration
+def check_durations(paths: list[str], utterances: list[Utterance]) -> None:
+    """InputError names lines whose seconds cannot be those of their files.
+
+    To open all files of a large manifest takes minutes, so at most `CHECKED` are opened: those with
+    the fewest and the most bytes for each second that the manifest claims.
+    """
+    claims = []
+    for index, utterance in enumerate(utterances):
+        if utterance.claimed is not None:
+            bytes_a_second = os.path.getsize(utterance.path) / utterance.claimed
+            claims.append((bytes_a_second, index))
+    claims.sort()
+    if len(claims) > CHECKED:
+        claims = claims[: CHECKED // 2] + claims[-CHECKED // 2 :]
+    errors = {}
+    for _, index in claims:
+        try:
+            check_claim(utterances[index])
+        except InputError as error:
+            errors[index] = error
+    if errors:
+        places = [f"{path}:{number}" for path in paths for number, _ in read_lines(path)]
+        named = [f"{places[index]}: {errors[index]}" for index in sorted(errors)]
+        raise_errors(paths, named, len(utterances) - len(named))
+
+
+def check_claim(utterance: Utterance) -> None:
+    """InputError if the seconds in a manifest's line cannot be those of the file."""
+    header = read_header(utterance.path)
+    if header is None:
+        return
+    if utterance.end is not None:
+        check_part(utterance.path, utterance.start, utterance.end, header)
+    elif abs(utterance.claimed - header) > OVERSHOOT + 0.1 * header:
+        raise InputError(
+            f'"duration" is {utterance.claimed} s, but {utterance.path} has {header:.2f} s: give '
+            "that, or none"
+        )

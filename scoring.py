@@ -4,11 +4,26 @@ A result is a dict with `txt`, what is said, `hyp`, what was recognised, and `du
 """
 
 import re
+import unicodedata
 
 import jiwer
+import regex
 from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 
-NORMALIZERS = {"english": EnglishTextNormalizer(), "basic": BasicTextNormalizer(), "none": str}
+# scripts without spaces between words: Thai, Lao, Burmese, Khmer, Chinese, Japanese
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u312f\u31f0-\u31ff\u3400-\u9fff"
+    "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+)
+APOSTROPHES = str.maketrans(dict.fromkeys("\u2019\u2018\u02bc\u2032\uff07`\u00b4", "'"))
+# common words that no other language in Latin script has, and 15 % of what is said in English
+ENGLISH = re.compile(
+    r"\b(the|and|you|that|with|this|they|what|from|would|there|their|which|your|she|been|were|could"
+    r"|should|about|these|two|three|five|seven|eight|nine)\b"
+)
+DIGIT = "(zero|one|two|three|four|five|six|seven|eight|nine|[0-9])"
+# two digits that are read one by one, which whisper's English normaliser joins to a number
+DIGITS = re.compile(rf"\b{DIGIT}[\s,-]+((oh|double|triple)[\s,-]+)?{DIGIT}\b")
 # what a chat says of audio that it does not hear: it excuses itself, or speaks of audio or itself
 REFUSAL = re.compile(
     r"\b(no|any) (speech|audio)\b|\bas an? (ai|language)\b|\b(ai assistant|language model)\b"
@@ -19,37 +34,86 @@ LOOP = re.compile(r"(.{2,60}?)\1{4}")  # the same 2 to 60 characters five times 
 FASTEST = 25  # characters a second; a fast speaker of English says 20
 
 
-def is_chinese_or_japanese(text: str) -> bool:
-    """Whether most characters are kana or Chinese, which are written without word boundaries."""
-    found = re.findall("[\u3040-\u9fff\uf900-\ufaff]", text)
-    return len(found) > len(text) / 2
+class Basic(BasicTextNormalizer):
+    """openai-whisper's, but for vowels and tones that are marks of their own, as in Hindi or Thai.
+
+    Those stay. Whisper's own has spaces in their place, which cut words into pieces.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.clean = remove_symbols
+
+
+def remove_symbols(text: str) -> str:
+    """Spaces in place of symbols, punctuation, and marks that belong to no letter."""
+    text = unicodedata.normalize("NFKC", text)
+    return regex.sub(r"[\p{S}\p{P}]|(?<![\p{L}\p{M}])\p{M}", " ", text)
+
+
+NORMALIZERS = {"english": EnglishTextNormalizer(), "basic": Basic(), "none": str}
+
+
+def normalize(result: dict, normalizer: str) -> tuple[str, str]:
+    """What is said and what was recognised, as they are compared."""
+    said, recognised = result["txt"], result["hyp"]
+    if normalizer == "none":
+        return said, recognised
+    texts = []
+    for text in (said, recognised):
+        text = NORMALIZERS[normalizer](text.translate(APOSTROPHES))
+        if normalizer == "english" and DIGITS.search(said.lower()):
+            text = split_digits(text)
+        texts.append(text)
+    return tuple(texts)
+
+
+def split_digits(text: str) -> str:
+    """Each digit as a word, also the one that whisper's English normaliser leaves as a word."""
+    text = re.sub(r"\bone\b", "1", text)
+    return re.sub(r"(\d)(?=\d)", r"\1 ", text)
+
+
+def split_units(text: str, metric: str) -> list[str]:
+    """What is counted: words; characters; or characters of scripts without spaces, else words."""
+    if metric == "CER":
+        return list("".join(text.split()))
+    if metric == "MER":
+        return re.findall(f"[{UNSPACED}]|[^\\s{UNSPACED}]+", text)
+    return text.split()
 
 
 def choose_metric(results: list[dict], metric: str, normalizer: str) -> tuple[str, str]:
-    """Metric and normaliser, where "auto" is by the script of the references.
+    """Metric and normaliser, where "auto" is by all references together.
 
-    CER for Chinese and Japanese, otherwise WER; the English normaliser where nearly all is ASCII,
-    otherwise the basic one.
+    CER where nearly all is in scripts without spaces between words, MER where a tenth is, otherwise
+    WER. The English normaliser where one word of fifty is a common word of English alone, otherwise
+    the basic one.
     """
-    text = "".join(result["txt"] for result in results)
+    text = " ".join(result["txt"] for result in results).lower()
+    units = split_units(Basic()(text), "MER")
+    unspaced = len(re.findall(f"[{UNSPACED}]", "".join(units)))
     if metric == "auto":
-        metric = "CER" if is_chinese_or_japanese(text) else "WER"
+        if unspaced > 0.99 * len(units):
+            metric = "CER"
+        elif unspaced > 0.1 * len(units):
+            metric = "MER"
+        else:
+            metric = "WER"
     if normalizer == "auto":
-        ascii_characters = sum(character.isascii() for character in text)
-        english = metric == "WER" and ascii_characters > 0.99 * len(text)
-        normalizer = "english" if english else "basic"
+        english = len(ENGLISH.findall(text)) > 0.02 * len(units)
+        normalizer = "english" if metric == "WER" and english else "basic"
     return metric, normalizer
 
 
 def error_rate(results: list[dict], metric: str, normalizer: str) -> dict:
-    """The rate in % and its edits. A CER's words are all characters but spaces."""
-    normalize = NORMALIZERS[normalizer]
-    sides = {}
-    for side in ("txt", "hyp"):
-        sides[side] = [normalize(result[side]) for result in results]
-        if metric == "CER":
-            sides[side] = [" ".join("".join(text.split())) for text in sides[side]]
-    out = jiwer.process_words(sides["txt"], sides["hyp"])
+    """The rate in % and its edits. MER is the rate of texts that mix scripts."""
+    references, hypotheses = [], []
+    for result in results:
+        said, recognised = normalize(result, normalizer)
+        references.append(" ".join(split_units(said, metric)))
+        hypotheses.append(" ".join(split_units(recognised, metric)))
+    out = jiwer.process_words(references, hypotheses)
     return {
         f"{metric} %": round(100 * out.wer, 2),
         "substitutions": out.substitutions,

@@ -17,8 +17,15 @@ from accelerate import PartialState
 from accelerate.utils import GatheredParameters
 
 import scoring
-from arguments import TrainingArguments
-from checkpoints import NoteArithmetic, find_checkpoint, start_deepspeed
+from arguments import TrainingArguments, check_drop_last, check_evaluation
+from checkpoints import (
+    NoteArithmetic,
+    describe_arguments,
+    find_checkpoint,
+    go_on,
+    start_deepspeed,
+    write_arguments,
+)
 from command import InputError, parse_arguments, run_command
 from data import by_length
 from loading import build, find_projector, read_config
@@ -32,6 +39,7 @@ class ProjectorTrainer(transformers.Trainer):
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
+        self.arguments = {}  # the flags, to save them beside the weights
         # this process's llm_loss and ctc_loss, each by step, since the last log
         self.losses: dict[str, Counter] = defaultdict(Counter)
 
@@ -57,23 +65,27 @@ class ProjectorTrainer(transformers.Trainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        path = Path(output_dir or self.args.output_dir, "model.safetensors")
+        folder = Path(output_dir or self.args.output_dir)
         # gathers ZeRO-3's shards, for which all processes are needed
         with GatheredParameters([*self.model.projector.parameters()]):
             if self.args.should_save:
-                self.model.save_projector(path)
+                self.model.save_projector(folder / "model.safetensors")
+                write_arguments(self.arguments, folder)
 
 
-def make_config(args: TrainingArguments) -> Config:
+def make_config(args: TrainingArguments, checkpoint: str | None = None) -> Config:
     """That of the projector to start from, which the flags must agree with, or a new one."""
+    projector = args.projector_model_path
+    if checkpoint is not None:
+        projector = f"{checkpoint}/model.safetensors"
     given = {
         "llm_model_name_or_path": args.llm_model_name_or_path,
         "whisper_model_name_or_path": args.whisper_model_name_or_path,
         "prompt": args.prompt,
         "stride": args.stride,
     }
-    if args.projector_model_path:
-        return read_config(args.projector_model_path, **given)
+    if projector is not None:
+        return read_config(projector, **given)
     return Config(**{name: value for name, value in given.items() if value is not None})
 
 
@@ -84,14 +96,20 @@ def train(args: TrainingArguments, config: Config, checkpoint: str | None) -> No
     except OSError as error:
         raise InputError(f"--output_dir {args.output_dir}: {error.strerror}") from error
     seed = args.seed if args.data_seed is None else args.data_seed
-    train_rows = by_length(read_manifest(args.data_path), args.global_batch_size, seed)
+    utterances = read_manifest(args.data_path)
+    check_drop_last(args, "data_path", len(utterances), args.train_batch_size)
+    arguments = describe_arguments(args)
+    if checkpoint is not None and not go_on(args, arguments, checkpoint, len(utterances)):
+        return
+    train_rows = by_length(utterances, args.global_batch_size, seed)
     eval_rows = None
     if args.eval_data_path:
         eval_rows = read_manifest(args.eval_data_path)
+        check_evaluation(args, eval_rows)
     transformers.set_seed(args.seed)  # for the projector's first weights
     model = build(config, args.bf16, args.encoder_cache, training=True)
-    if args.projector_model_path:
-        model.load_projector(args.projector_model_path)
+    if args.projector_model_path is not None and checkpoint is None:
+        model.load_projector(find_projector(args.projector_model_path))
 
     def measure(prediction) -> dict[str, float]:
         metrics = mean_listening_gap(prediction.predictions)
@@ -109,6 +127,7 @@ def train(args: TrainingArguments, config: Config, checkpoint: str | None) -> No
         compute_metrics=measure,
         callbacks=[NoteArithmetic()],
     )
+    trainer.arguments = arguments
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
@@ -127,13 +146,15 @@ def mean_listening_gap(gaps: np.ndarray) -> dict[str, float]:
 def recognise_and_score(
     model: SpeechLLM, utterances: list[Utterance], args: TrainingArguments
 ) -> dict[str, float]:
-    """WER or CER, and its edits, of greedy hypotheses."""
+    """wer, cer or mer in %, and its edits, of greedy hypotheses."""
     workers = args.dataloader_num_workers
     for _ in recognize(model, utterances, [1], args.eval_batch_size, num_workers=workers):
         pass  # each batch adds its hypotheses
     results = [make_result(x, 1) for x in utterances]
     metric, normalizer = scoring.choose_metric(results, "auto", "auto")
-    return scoring.error_rate(results, metric, normalizer)
+    cells = scoring.error_rate(results, metric, normalizer)
+    rate = cells.pop(f"{metric} %")
+    return {metric.lower(): rate, **cells}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -142,11 +163,7 @@ def main(argv: list[str] | None = None) -> None:
         start_deepspeed(args.use_cpu)
     args.check_processes()
     checkpoint = find_checkpoint(args)
-    if checkpoint:
-        args.projector_model_path = f"{checkpoint}/model.safetensors"
-    elif args.projector_model_path:
-        args.projector_model_path = find_projector(args.projector_model_path)
-    train(args, make_config(args), checkpoint)
+    train(args, make_config(args, checkpoint), checkpoint)
     PartialState().destroy_process_group()
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from whisper.audio import log_mel_spectrogram, pad_or_trim
 
-from data import IGNORE, load_audio
+from data import IGNORE
 from manifest import Utterance
 from model import SpeechLLM
 
@@ -32,10 +32,7 @@ class Reference(nn.Module):
         """mel (B, M, F); ids (B, T) of the chats, padded; ask (B, T) of the chats to answer."""
         mel, chats = [], []
         for utterance in utterances:
-            audio = utterance.samples
-            if audio is None:
-                audio = load_audio(utterance.path, utterance.start, utterance.end)
-            window = pad_or_trim(audio)
+            window = pad_or_trim(utterance.load())
             mel.append(log_mel_spectrogram(window, self.encoder.conv1.in_channels))
             chat = [
                 {"role": "system", "content": "You are a helpful assistant."},

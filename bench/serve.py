@@ -19,8 +19,8 @@ import numpy as np
 from transformers.hf_argparser import HfArg
 
 from command import parse_arguments, run_command
-from manifest import read_duration
 from scoring import format_table
+from sound import read_duration
 from tools.audio import list_files
 
 PATH = "/v1/audio/transcriptions"

@@ -32,7 +32,7 @@ from scoring import format_table
 
 SECONDS = 4  # of audio in a line
 KINDS = {
-    "any, with its duration": {"wav": "a.wav", "duration": SECONDS},
+    "wav, with its duration": {"wav": "a.wav", "duration": SECONDS},
     "wav": {"wav": "a.wav"},
     "opus": {"wav": "a.ogg"},
 }

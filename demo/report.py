@@ -35,7 +35,7 @@ def format_training(state: dict) -> str:
     for log in state["log_history"]:
         if "eval_loss" in log:
             cells = [str(state["train_batch_size"] * log["step"])]
-            for name in ("eval_loss", "eval_listening_gap", "eval_WER %"):
+            for name in ("eval_loss", "eval_listening_gap", "eval_wer"):
                 cells.append(f"{log[name]:.2f}")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

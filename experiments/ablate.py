@@ -12,7 +12,7 @@ import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
-from arguments import TrainingArguments
+from arguments import ERROR_RATES, TrainingArguments
 from checkpoints import find_checkpoint
 from command import InputError, parse_arguments, run_command
 from model import Config
@@ -51,9 +51,9 @@ def read_curve(args: TrainingArguments) -> list[dict]:
             "loss": format_nats(log["eval_loss"]),
             "listening gap": format_nats(log.get("eval_listening_gap")),
         }
-        for metric in ("WER %", "CER %"):
+        for metric in ERROR_RATES:
             if f"eval_{metric}" in log:
-                row[metric] = log[f"eval_{metric}"]
+                row[f"{metric.upper()} %"] = log[f"eval_{metric}"]
         rows.append(row)
     return rows
 

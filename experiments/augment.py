@@ -31,7 +31,6 @@ from transformers.hf_argparser import HfArg
 from whisper.audio import SAMPLE_RATE
 
 from command import InputError, parse_arguments, run_command
-from data import load_audio
 from machine import choose_bf16
 from manifest import Utterance, read_manifest
 
@@ -121,7 +120,7 @@ def speed(args: SpeedArguments) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     rows = []
     for i, utterance in enumerate(tqdm(read_manifest(args.data_path), str(args.output_dir))):
-        audio = load_audio(utterance.path, utterance.start, utterance.end)
+        audio = utterance.load()
         for factor in args.factors:
             name = f"{i:05}-{factor}.flac"
             copy = soxr.resample(audio, SAMPLE_RATE * factor, SAMPLE_RATE)
@@ -139,7 +138,7 @@ def join(args: JoinArguments) -> None:
     for i, group in enumerate(tqdm(groups[: args.count], str(args.output_dir))):
         audio, texts = [], []
         for utterance in group:
-            audio += [load_audio(utterance.path, utterance.start, utterance.end), PAUSE]
+            audio += [utterance.load(), PAUSE]
             texts.append(utterance.text)
         text = " ".join(texts)
         save_audio(args.output_dir / f"{i:05}.flac", np.concatenate(audio[:-1]))

@@ -15,7 +15,6 @@ from transformers.hf_argparser import HfArg
 from whisper.audio import SAMPLE_RATE
 
 from command import parse_arguments, run_command
-from data import load_audio
 from loading import load
 from machine import get_process
 from manifest import Utterance, read_manifest
@@ -38,7 +37,7 @@ def join(utterances: list[Utterance], seconds: float) -> list[Utterance]:
     """Recordings of at least so many seconds, but for the last; none is in a file."""
     recordings, audio, texts, size = [], [], [], 0
     for utterance in utterances:
-        samples = load_audio(utterance.path, utterance.start, utterance.end)
+        samples = utterance.load()
         audio += [samples, PAUSE]
         texts.append(utterance.text)
         size += len(samples) + len(PAUSE)

@@ -1,7 +1,5 @@
 """Audio, log-mels, batches by length, and the collator."""
 
-import json
-
 import numpy as np
 import pytest
 import soundfile
@@ -10,8 +8,9 @@ import torch
 from whisper import log_mel_spectrogram
 
 from command import InputError
-from data import IGNORE, Collator, by_length, load_audio, log_mel
+from data import IGNORE, Collator, by_length, log_mel
 from manifest import Utterance, read_manifest
+from sound import load_audio
 
 
 @pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg", "a.opus", "a.mp3"])
@@ -128,37 +127,3 @@ def test_an_utterance_with_too_many_positions_is_refused_with_the_two_remedies(c
         f"{utterance.path}: audio and transcript take 9 positions, but at most 8 are allowed by "
         "--flag: raise it, or cut the audio"
     )
-
-
-@pytest.mark.parametrize("suffix", [".wav", ".flac", ".ogg"])
-@pytest.mark.parametrize("keys", [("start", "end"), ("offset", "duration")])
-def test_a_part_of_a_file_is_read_alone(tmp_path, suffix, keys):
-    rate = 16_000
-    # each second has another loudness
-    noise = np.random.default_rng(0).normal(size=(4, rate)) * [[0.01], [0.1], [0.02], [0.2]]
-    soundfile.write(tmp_path / f"all{suffix}", noise.ravel().clip(-1, 1), rate)
-    values = {"start": 1, "end": 2.5, "offset": 1, "duration": 1.5}
-    row = {"wav": f"all{suffix}", "txt": "go", **{key: values[key] for key in keys}}
-    (tmp_path / "in.jsonl").write_text(json.dumps(row))
-    [utterance] = read_manifest([str(tmp_path / "in.jsonl")])
-    assert utterance.duration == 1.5
-    audio = load_audio(utterance.path, utterance.start, utterance.end)
-    assert len(audio) == 1.5 * rate
-    loudness = [audio[:rate].std(), audio[rate:].std()]
-    assert loudness == pytest.approx([0.1, 0.02], rel=0.2)
-
-
-def test_a_part_that_its_file_lacks_is_refused(tmp_path):
-    path = str(tiny.make_sound(tmp_path / "a.wav", 1.0, 300))
-    assert len(load_audio(path, 0.5, 1.4)) == 8000  # a little too long
-    with pytest.raises(InputError, match=r"a.wav has 1.00 s, but a part of it ends at 3.0 s"):
-        load_audio(path, 0.5, 3.0)
-
-
-@pytest.mark.parametrize("part", ['"start": 1', '"end": 2', '"start": 2, "end": 1', '"offset": 1'])
-def test_half_a_part_is_refused_by_its_line(tmp_path, part):
-    tiny.make_sound(tmp_path / "a.wav", 3.0, 300)
-    line = '{"wav": "a.wav", "txt": "go", ' + part + "}"
-    (tmp_path / "in.jsonl").write_text(line)
-    with pytest.raises(InputError, match="in.jsonl:1: .*must be seconds"):
-        read_manifest([str(tmp_path / "in.jsonl")])

@@ -96,7 +96,7 @@ def test_the_report_shows_sentences_side_by_side_and_how_training_went(tmp_path)
         [*command, "sentences", "1", "before.jsonl", "after.jsonl"], cwd=tmp_path, text=True
     )
     assert shown == "said   | go\nbefore | goo\nafter  | go\n\n"
-    evaluation = {"step": 40, "eval_loss": 1.5, "eval_listening_gap": 2, "eval_WER %": 9.25}
+    evaluation = {"step": 40, "eval_loss": 1.5, "eval_listening_gap": 2, "eval_wer": 9.25}
     state = {"train_batch_size": 8, "log_history": [{"step": 20, "loss": 3.0}, evaluation]}
     table = report.format_training(state).splitlines()
     assert table[2:] == ["| 320 | 1.50 | 2.00 | 9.25 |"]

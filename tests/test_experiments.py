@@ -173,12 +173,12 @@ def test_sentences_and_numbers_are_spoken(tmp_path):
     assert abs(audio).max() > 0.05
 
 
-def test_padding_is_what_shorter_utterances_lack(paths, tmp_path):
-    wav = str(Path(paths.manifest).with_name("0.wav"))
+def test_padding_is_what_shorter_utterances_lack(tmp_path):
+    tiny.make_sound(tmp_path / "a.wav", 4, 300)
     manifest = tmp_path / "manifest.jsonl"
     with manifest.open("w") as file:
         for seconds in (1, 4, 1, 4):
-            print(json.dumps({"wav": wav, "txt": "go", "duration": seconds}), file=file)
+            print(json.dumps({"wav": "a.wav", "txt": "go", "end": seconds}), file=file)
     args = startup.Arguments("unused", [str(manifest)], batch_size=2)
     assert read_cells(startup.measure_padding(args))["by length"] == ["0.0 %"]
     args.batch_size = 4  # 10 s in four rows of 4 s

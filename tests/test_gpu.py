@@ -271,7 +271,7 @@ def test_from_training_to_a_table_in_bfloat16(paths, tmp_path, monkeypatch, caps
     assert losses[-1] < losses[0]
     [gap] = log(tmp_path, "eval_listening_gap")
     assert gap > -100
-    assert len(log(tmp_path, "eval_WER %")) == 1
+    assert len(log(tmp_path, "eval_wer")) == 1
 
     capsys.readouterr()
     command = f"--projector_model_path {tmp_path}/model.safetensors --data_path {paths.manifest}"

@@ -18,11 +18,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config
 from arguments import RecognitionArguments
 from cache import Encoder
 from command import InputError
-from data import load_audio
 from loading import build, load, load_whisper, set_precision
 from machine import has_fast_bf16
-from manifest import read_duration, read_manifest
+from manifest import read_manifest
 from model import Config
+from sound import load_audio, read_duration
 from tools import transcribe
 
 

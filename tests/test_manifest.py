@@ -9,8 +9,9 @@ import pytest
 import soundfile
 import tiny
 
+import manifest
 from command import InputError
-from manifest import read_manifest
+from manifest import Utterance, read_manifest
 
 GOOD = '{"wav": "a.wav", "txt": "go"}'
 WAV = '"wav" must be the path of an audio file, got'
@@ -34,7 +35,7 @@ MESSAGES = {
     '{"wav": "text.wav", "txt": "x"}': "text.wav cannot be read as audio: ",
     '{"wav": "noise.raw", "txt": "x"}': "noise.raw cannot be read as audio: ",
     '{"wav": "none.wav", "txt": "x"}': "none.wav has 0.0 s of audio by its header",
-    '{"wav": "endless.flac", "txt": "x"}': "endless.flac has 5",
+    '{"wav": "broken.flac", "txt": "x"}': "broken.flac cannot be read as audio: ",
     '{"wav": "a.wav"}': f"{TXT} null",
     '{"wav": "a.wav", "txt": 5}': f"{TXT} 5",
     '{"wav": "a.wav", "txt": " "}': '"txt" is empty, but training needs what is said',
@@ -67,6 +68,7 @@ def folder(tmp_path, monkeypatch):
     flac[21] &= 0xF0  # here and in what follows is the number of samples; streams do not know it
     flac[22:26] = bytes(4)
     Path("endless.flac").write_bytes(flac)
+    Path("broken.flac").write_bytes(flac[:50])
     os.mkfifo("fifo.wav")
     Path("folder.wav").mkdir()
 
@@ -121,10 +123,94 @@ def test_a_line_stays_as_it_is_with_the_users_own_keys(folder):
     assert (utterance.path, utterance.text) == ("a.wav", "a▁b")
 
 
-@pytest.mark.parametrize("given, duration", [(7.125, 7.12), (3, 3), (1e-9, 0.01)])
-def test_audio_whose_duration_the_manifest_has_is_not_opened(folder, given, duration):
-    [utterance] = read(json.dumps({"wav": "text.wav", "txt": "x", "duration": given}))
+@pytest.mark.parametrize("given, duration", [(0.404, 0.4), (0.9, 0.9), (1e-9, 0.01)])
+def test_a_duration_that_may_be_right_is_believed(folder, given, duration):
+    [utterance] = read(json.dumps({"wav": "a.wav", "txt": "x", "duration": given}))
     assert utterance.duration == duration
+
+
+def test_audio_of_unknown_length_is_counted(folder):
+    """What a FLAC encoder leaves that writes to a pipe."""
+    [utterance] = read('{"wav": "endless.flac", "txt": "x"}')
+    assert utterance.duration == 0.5
+    assert len(utterance.load()) == 8000
+    [utterance] = read('{"wav": "endless.flac", "txt": "x", "start": 0.1, "end": 0.3}')
+    assert len(utterance.load()) == 3200
+
+
+@pytest.mark.parametrize(
+    "keys, start, seconds",
+    [
+        ({"start": 0, "end": 0.3}, 0, 0.3),  # as in WeNet
+        ({"start": 0.5, "end": 1.25, "duration": 2}, 0.5, 0.75),
+        ({"offset": 0.5, "duration": 0.25}, 0.5, 0.25),  # as in NeMo
+        ({"offset": 0, "duration": 0.25}, 0, 0.25),
+        ({"offset": 1.5, "duration": None}, 1.5, 0.5),
+        ({"start": 1.5}, 1.5, 0.5),
+        ({"end": 1.5}, 0, 1.5),
+        ({"start": 1.5, "end": 2.4}, 1.5, 0.9),  # rounded times may end behind the file
+        ({"start": None, "end": None}, 0, 2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("suffix", ["wav", "flac", "mp3"])
+def test_a_part_of_a_file_is_read_alone(folder, keys, start, seconds, suffix):
+    rng = np.random.default_rng(0)
+    soundfile.write(f"long.{suffix}", rng.uniform(-0.5, 0.5, 32_000), 16_000)
+    whole, _ = soundfile.read(f"long.{suffix}", dtype="float32")
+    line = {"wav": f"long.{suffix}", "txt": "x", **keys, "other": [1]}
+    [utterance] = read(json.dumps(line))
+    assert utterance.row == line
+    assert utterance.duration == seconds
+    first = int(start * 16_000)
+    expected = whole[first : first + int(seconds * 16_000)]
+    np.testing.assert_allclose(utterance.load(), expected, atol=1e-6)
+
+
+PARTS = {
+    '"duration": 10000': '"duration" is 10000 s, but a.wav has 0.40 s: give that, or none',
+    '"duration": 1': '"duration" is 1 s, but a.wav has 0.40 s: give that, or none',
+    '"offset": 0, "duration": 1': "a.wav ends before 1.00 s: its part from 0.00 s is too long",
+    '"start": 5, "end": 6': "a.wav ends before 6.00 s: its part from 5.00 s is too long",
+    '"start": 0.4': "a.wav ends before this part, at 0.4 s, starts",
+    '"start": 0.2, "end": 0.2': '"end" must be after "start", 0.2, got 0.2',
+    '"start": -1, "end": 2': '"start" must be a number of seconds, 0 or more, got -1',
+    '"offset": "0:01"': '"offset" must be a number of seconds, 0 or more, got "0:01"',
+    '"end": true': '"end" must be a number of seconds, 0 or more, got true',
+}
+
+
+@pytest.mark.parametrize("keys", PARTS)
+def test_seconds_that_the_file_does_not_have_are_named(folder, keys):
+    good = json.dumps({"wav": "a.wav", "txt": "go", "duration": 0.4})
+    line = f'{{"wav": "a.wav", "txt": "x", {keys}}}'
+    counts, message = refuse(f"{good}\n\n{line}").split("\n", 1)
+    assert counts == "m.jsonl: bad lines: 1, good lines: 1"
+    assert message == f"m.jsonl:3: {PARTS[keys]}"
+
+
+def test_of_a_large_manifest_the_strangest_durations_are_checked(folder, monkeypatch):
+    headers = []
+
+    def read_header(path):
+        headers.append(path)
+        return 0.4
+
+    monkeypatch.setattr(manifest, "read_header", read_header)
+    monkeypatch.setattr(manifest, "CHECKED", 10)
+    lines = [json.dumps({"wav": "a.wav", "txt": "x", "duration": 0.4})] * 50
+    read("\n".join(lines))
+    assert len(headers) == 10
+    lines[7] = lines[7].replace("0.4", "4")
+    lines[29] = lines[29].replace("0.4", "1000")
+    _, *named = refuse("\n".join(lines)).splitlines()
+    assert [line.split()[0] for line in named] == ["m.jsonl:8:", "m.jsonl:30:"]
+
+
+def test_a_part_behind_its_file_is_named_when_it_is_read(folder):
+    utterance = Utterance("a.wav", 1.0, start=5.0, end=6.0)
+    with pytest.raises(InputError, match="^a.wav ends before 6.00 s: its part from 5.00 s is too"):
+        utterance.load()
 
 
 def test_byte_order_marks_carriage_returns_and_line_separators_are_no_faults(folder):

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import tiny
 import torch
+from accelerate.data_loader import prepare_data_loader
 from safetensors.torch import load_file
 from test_train import (
     ROOT,
@@ -25,9 +26,11 @@ from test_train import (
     log,
     wait_until,
 )
+from torch.utils.data import DataLoader
+from transformers import Trainer
 
 import train
-from checkpoints import find_checkpoint
+from checkpoints import check_checkpoint, count_steps, find_checkpoint
 from command import InputError
 
 # Processes, gradient accumulation and further flags: each takes steps of eight utterances. Neither
@@ -46,7 +49,7 @@ OPTIONS = """\
 # of checkpoints and runs: how many processes, and whether with ZeRO
 KINDS = [(1, False), (2, False), (1, True), (2, True)]
 TRAINED = ("loss", "llm_loss", "ctc_loss", "grad_norm", "learning_rate")
-ERROR_RATE = ("eval_WER %", "eval_substitutions", "eval_deletions", "eval_insertions")
+ERROR_RATE = ("eval_wer", "eval_substitutions", "eval_deletions", "eval_insertions")
 
 
 def make_command(paths, folder: Path, setup: str) -> str:
@@ -141,6 +144,31 @@ def test_a_killed_process_ends_the_other_and_their_run_goes_on_exactly(
     assert equal(ended, whole)
 
 
+@pytest.mark.parametrize("setup", ["ddp", "zero"])
+def test_a_finished_run_only_says_that_it_is_finished(paths, straight, tmp_path, setup):
+    command = make_command(paths, tmp_path, setup)
+    shutil.copytree(straight / setup / "out", tmp_path / "out")
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/**/*")}
+    printed = finish(command, tmp_path)
+    assert printed.count("out is finished: all of its 12 steps are done") == 1
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/**/*")} == files
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("utterances", [16, 17, 23, 31])
+@pytest.mark.parametrize("processes, accumulation", [(1, 1), (2, 1), (2, 3), (3, 2)])
+def test_steps_are_counted_as_the_trainer_does(utterances, processes, accumulation, drop_last):
+    args = SimpleNamespace(max_steps=-1, num_train_epochs=1.5, train_batch_size=2)
+    args.gradient_accumulation_steps = accumulation
+    args.dataloader_drop_last, args.world_size = drop_last, processes
+    loader = DataLoader(range(utterances), args.train_batch_size, drop_last=drop_last)
+    loader = prepare_data_loader(loader, num_processes=processes, process_index=0)
+    trainer = SimpleNamespace(num_examples=len, get_sp_size=lambda: 1)
+    trainer.get_total_train_batch_size = lambda args: None
+    *_, steps = Trainer.set_initial_training_values(trainer, args, loader)
+    assert count_steps(args, utterances) == steps
+
+
 @pytest.mark.parametrize("before, after", [("ddp", "one"), ("one", "ddp")])
 def test_a_run_without_zero_goes_on_with_another_number_of_processes(
     paths, straight, tmp_path, before, after
@@ -163,16 +191,20 @@ def test_a_checkpoint_whose_optimizer_would_be_lost_is_refused(tmp_path, found, 
             (tmp_path / name / f"rng_state_{process}.pth").touch()
         if found[1]:
             (tmp_path / name / "global_step9").mkdir()
-    args = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=None, bf16=False)
+        if not found[1]:
+            (tmp_path / name / "optimizer.pt").touch()
+    args = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=None, optim="sgd")
+    args.bf16 = False
     args.world_size, args.deepspeed = here[0], "zero.json" if here[1] else None
     checkpoint = str(tmp_path / "checkpoint-9")
+    assert find_checkpoint(args) == checkpoint
     with warnings.catch_warnings(record=True) as warned:
         if found == here or not (found[1] or here[1]):
-            assert find_checkpoint(args) == checkpoint
+            check_checkpoint(args, checkpoint)
         else:
             names = {True: "with ZeRO", False: "without ZeRO"}
             with pytest.raises(InputError) as error:
-                find_checkpoint(args)
+                check_checkpoint(args, checkpoint)
             message = str(error.value)
             assert f"9 is of {found[0]} processes {names[found[1]]}, and this run is" in message
             assert f" of {here[0]} {names[here[1]]}: start it as before, or start" in message

@@ -143,7 +143,7 @@ def write_state(folder, logs, steps):
 
 def test_phases_of_a_training_are_one_line_over_all_utterances(tmp_path):
     first = {"step": 5, "eval_loss": 3, "eval_listening_gap": 1}
-    second = {"step": 10, "eval_loss": 2, "eval_WER %": 90}
+    second = {"step": 10, "eval_loss": 2, "eval_wer": 90}
     a = write_state(tmp_path / "a", [first, second], 11)
     b = write_state(tmp_path / "b", [first], 10)
     runs = [plot.read_run(f"{b}:64"), plot.read_run(f"{a}+{b}:2")]

@@ -170,6 +170,108 @@ def test_the_same_command_goes_on_exactly_from_the_newest_whole_checkpoint(paths
 
 
 @pytest.mark.parametrize(
+    "options, then",
+    [
+        ("--max_steps 3 --lr_scheduler_type constant", ""),
+        ("--max_steps 3 --save_strategy epoch --lr_scheduler_type cosine", ""),
+        ("--num_train_epochs 1.5 --save_only_model True", ""),
+        ("--max_steps 3", "--max_steps 2"),
+        ("--max_steps 3", "--max_steps -1 --num_train_epochs 1"),
+        ("--max_steps 3", "--resume_from_checkpoint {}/checkpoint-3"),
+    ],
+)
+def test_a_finished_run_does_nothing_but_say_so(paths, tmp_path, capsys, options, then):
+    options += " --save_steps 1 --learning_rate 1e-2"
+    whole = run(paths, tmp_path, options)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("**/*")}
+    capsys.readouterr()
+    assert equal(run(paths, tmp_path, f"{options} {then.format(tmp_path)}"), whole)
+    assert capsys.readouterr().out.startswith(f"{tmp_path} is finished: all of its ")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("**/*")} == files
+
+
+def test_resuming_is_said_and_each_flag_that_differs_is_warned_of(paths, tmp_path, capsys):
+    manifest = tmp_path / "m.jsonl"
+    wavs = [utterance.path for utterance in read_manifest([paths.manifest])]
+    write_manifest(manifest, wavs, tiny.TEXTS)
+    constant = f"--data_path {manifest} --lr_scheduler_type constant --save_steps 1"
+    run(paths, tmp_path / "out", f"{constant} --max_steps 1 --learning_rate 1e-5")
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    manifest.rename(tmp_path / "moved.jsonl")
+    constant = constant.replace("m.jsonl", "moved.jsonl")
+
+    capsys.readouterr()
+    with pytest.warns(UserWarning) as warned:
+        run(paths, tmp_path / "out", f"{constant} --max_steps 2 --learning_rate 1e-2")
+    assert log(tmp_path / "out", "learning_rate") == [1e-5, 1e-5]
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert first == f"resuming from {checkpoint} at step 1"
+    messages = [str(x.message) for x in warned if str(x.message).startswith("--")]
+    assert messages == [
+        f"--max_steps 2 holds from here on: {checkpoint} had 1",
+        f"--learning_rate 0.01 has no effect: {checkpoint} goes on with 1e-05",
+    ]
+
+    shutil.rmtree(tmp_path / "out" / "checkpoint-2")
+    write_manifest(tmp_path / "moved.jsonl", wavs[:4], tiny.TEXTS)
+    with pytest.warns(UserWarning, match="--data_path: .*checkpoint-1 had other lines"):
+        run(paths, tmp_path / "out", f"{constant} --max_steps 3 --learning_rate 1e-5")
+
+
+def test_a_checkpoint_that_cannot_be_gone_on_from_is_refused_in_one_line(paths, tmp_path):
+    run(paths, tmp_path, "--max_steps 2 --save_steps 1")
+    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
+    cases = {
+        "": "checkpoint-2 holds no optimizer, as with --save_only_model: start anew from .* --p",
+        f"--resume_from_checkpoint {tmp_path}": "is a folder of checkpoints: give one of them",
+        "--resume_from_checkpoint none": "there is no folder none; wanted a checkpoint-N, or no",
+        "--resume_from_checkpoint True --output_dir none": "there is no whole checkpoint in none",
+        f"--resume_from_checkpoint {tmp_path}/checkpoint-1 --optim sgd": "holds the state of adamw",
+    }
+    for options, message in cases.items():
+        with pytest.raises(InputError, match=message):
+            run(paths, tmp_path, f"--max_steps 3 {options}")
+
+
+def test_true_resumes_from_the_newest_checkpoint(paths, tmp_path, capsys):
+    run(paths, tmp_path, "--max_steps 1")
+    capsys.readouterr()
+    run(paths, tmp_path, "--max_steps 2 --resume_from_checkpoint True")
+    assert f"resuming from {tmp_path}/checkpoint-1 at step 1" in capsys.readouterr().out
+
+
+BEST = """\
+    --max_steps 3 --save_strategy best --eval_strategy steps --eval_steps 1 --learning_rate 1e-2
+    --load_best_model_at_end True --metric_for_best_model loss --greater_is_better True"""
+
+
+def test_a_finished_run_may_have_no_checkpoint_of_its_last_step(paths, tmp_path, capsys):
+    options = f"{BEST} --eval_data_path {paths.manifest}"
+    run(paths, tmp_path, options)
+    assert not (tmp_path / "checkpoint-3").exists()
+    capsys.readouterr()
+    run(paths, tmp_path, options)
+    assert "'loss': " not in capsys.readouterr().out
+    # the folder of another run is not this one's
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    state["log_history"][0]["loss"] = -1
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    run(paths, tmp_path, options)
+    assert "'loss': " in capsys.readouterr().out
+
+
+def test_a_stop_after_the_last_checkpoint_costs_no_weights(paths, tmp_path):
+    options = f"{BEST} --save_strategy steps --save_steps 1 --eval_data_path {paths.manifest}"
+    best = run(paths, tmp_path, options)
+    for name in ("model.safetensors", "trainer_state.json"):
+        (tmp_path / name).unlink()
+    assert equal(run(paths, tmp_path, options), best)
+    last = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
+    assert not equal(last, best)
+    assert len(log(tmp_path, "loss")) == 3
+
+
+@pytest.mark.parametrize(
     "other, message",
     [
         ("--stride 4", "was trained with --stride 5, got 4"),
@@ -278,7 +380,7 @@ def test_recognition_between_steps_changes_none(paths, tmp_path):
     options += f" --save_strategy no --eval_data_path {paths.manifest}"
     plain = run(paths, tmp_path / "plain", options)
     recognised = run(paths, tmp_path / "recognised", f"{options} --eval_hypotheses 8")
-    assert len(log(tmp_path / "recognised", "eval_WER %")) == 2
+    assert len(log(tmp_path / "recognised", "eval_wer")) == 2
     assert equal(plain, recognised)
 
 

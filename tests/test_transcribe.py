@@ -16,10 +16,10 @@ import torch
 from whisper.audio import N_SAMPLES
 
 from command import InputError
-from data import load_audio
 from loading import load
 from manifest import read_manifest
 from recognize import recognize
+from sound import load_audio
 from tools import audio, formats
 from tools import transcribe as tool
 from tools.transcribe import transcribe
@@ -244,3 +244,22 @@ def test_what_cannot_be_done_is_refused_before_models_load(tmp_path):
         tool.main([*command, *files, "--output_dir", str(tmp_path / "out")])
     with pytest.raises(InputError, match="--output_dir: cannot make"):
         tool.main([*command, files[0], "--output_dir", files[1]])
+
+
+def test_what_systems_keep_in_folders_is_no_audio(tmp_path):
+    good = make_sound(tmp_path / ".cache" / "folder" / "a.wav")  # a folder's own name may be hidden
+    hidden = ["._a.wav", "__MACOSX/._a.wav", "@eaDir/a.wav/a.wav", "$RECYCLE.BIN/a.wav", ".a/b.wav"]
+    for name in hidden:
+        path = tmp_path / ".cache" / "folder" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"no audio")
+    assert audio.list_files([str(tmp_path / ".cache" / "folder")]) == [good]
+
+
+def test_a_flac_of_unknown_length_is_no_audio_of_endless_length(tmp_path):
+    path = make_sound(tmp_path / "a.flac")
+    flac = bytearray(Path(path).read_bytes())
+    flac[21] &= 0xF0  # here and in what follows is the number of samples
+    flac[22:26] = bytes(4)
+    Path(path).write_bytes(flac)
+    assert len(audio.read_audio(path, max_seconds=60)) == 1600

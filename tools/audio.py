@@ -18,8 +18,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from whisper.audio import N_SAMPLES, SAMPLE_RATE
 
 from command import InputError
-from data import check_samples, load_audio
 from manifest import Utterance
+from sound import check_samples, load_audio, read_header
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf")
 # what ffmpeg is asked for; a playlist among them would make it open other files
@@ -33,12 +33,12 @@ QUIET = SAMPLE_RATE // 5  # samples over which loudness is measured
 def list_files(paths: list[str]) -> list[str]:
     """The audio files among the paths and, in the order of names, in the folders among them.
 
-    "-", standard input, stays.
+    What is hidden in a folder is left out. "-", standard input, stays.
     """
     files = []
     for path in map(Path, paths):
         if path.is_dir():
-            found = [file for file in sorted(path.rglob("*")) if is_audio(file)]
+            found = [x for x in sorted(path.rglob("*")) if is_audio(x) and not is_hidden(x, path)]
             if not found:
                 suffixes = ", ".join(SUFFIXES + FFMPEG_SUFFIXES)
                 raise InputError(f"--wav: no audio in {path}; wanted {suffixes}")
@@ -52,6 +52,15 @@ def list_files(paths: list[str]) -> list[str]:
 
 def is_audio(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES + FFMPEG_SUFFIXES and path.is_file()
+
+
+def is_hidden(file: Path, folder: Path) -> bool:
+    """Whether it is what a system keeps beside the files in a folder: it may look like audio.
+
+    macOS has ._a.wav and __MACOSX, Synology @eaDir, Windows $RECYCLE.BIN.
+    """
+    parts = file.relative_to(folder).parts
+    return any(part.startswith((".", "@", "$", "__MACOSX")) for part in parts)
 
 
 def read_audio(path: str, max_seconds: float = math.inf) -> np.ndarray:
@@ -97,10 +106,10 @@ def is_known(path: str) -> bool:
 
 
 def guess_duration(path: str) -> float:
-    """Seconds of audio by the header of a file; 0 where libsndfile knows none."""
+    """Seconds of audio by the header of a file; 0 where that tells none."""
     try:
-        return soundfile.info(path).duration
-    except (RuntimeError, TypeError):
+        return read_header(path) or 0.0
+    except InputError:
         return 0.0
 
 

@@ -26,8 +26,9 @@ DOTS = 200  # an inch
 TITLES = {
     "eval_loss": "loss, nats a token",
     "eval_listening_gap": "listening gap, nats a token",
-    "eval_WER %": "greedy WER, %",
-    "eval_CER %": "greedy CER, %",
+    "eval_wer": "greedy WER, %",
+    "eval_cer": "greedy CER, %",
+    "eval_mer": "greedy MER, %",
 }
 
 
@@ -149,7 +150,10 @@ def read_table(path: Path) -> list[dict[str, str]]:
 def draw_table(path: Path) -> Figure:
     """The error rate on the left and the real-time factor on the right, over the beam's width."""
     rows = read_table(path)
-    metric = "CER %" if "CER %" in rows[0] else "WER %"
+    metric = "WER %"
+    for other in ("CER %", "MER %"):
+        if other in rows[0]:
+            metric = other
     columns = {}
     for head in ("beam", metric, "RTF"):
         try:

@@ -21,7 +21,6 @@ from whisper.tokenizer import LANGUAGES
 
 from arguments import ScoringArguments, check_positive, check_result_path
 from command import InputError, parse_arguments, run_command
-from data import load_audio
 from loading import load_whisper
 from manifest import read_manifest
 from recognize import make_result, write_results
@@ -78,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     results = []
     start = time.perf_counter()
     for utterance in tqdm(utterances):  # one by one, as Whisper's beam search takes no batches
-        audio = load_audio(utterance.path, utterance.start, utterance.end)
+        audio = utterance.load()
         text = decode(model, audio, args.language, args.num_beams)
         utterance.hypotheses[args.num_beams] = text
         result = make_result(utterance, args.num_beams)
