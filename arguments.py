@@ -12,7 +12,7 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
 
 from command import InputError
-from machine import choose_bf16, choose_workers, has_fast_bf16
+from machine import choose_bf16, choose_workers, has_fast_bf16, may_fork
 
 # flags of the Trainer that break here or mean nothing, and what is said of them
 REFUSED = {
@@ -136,6 +136,15 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.fp16:
             warnings.warn("--fp16: Qwen overflows in it (grad_norm nan); use --bf16", stacklevel=2)
         self.bf16 = choose_bf16(self.bf16)  # before autocast and ZeRO's settings follow from it
+        if self.dataloader_num_workers > 0 and not may_fork():
+            warnings.warn(
+                "--dataloader_num_workers: several processes on CPUs have none, as forks hang "
+                "beside gloo's threads; each process reads its audio itself",
+                stacklevel=2,
+            )
+            self.dataloader_num_workers = 0
+            self.dataloader_prefetch_factor = None  # is refused without workers
+            self.dataloader_persistent_workers = False  # likewise
         super().__post_init__()
         self.accelerator_config.non_blocking = True  # or each tensor of a batch waits for the GPU
         self.remove_unused_columns = False  # rows are Utterances

@@ -1,5 +1,7 @@
 """How the commands read their arguments, and how they refuse what a user got wrong."""
 
+import multiprocessing
+import sys
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -35,6 +37,7 @@ def run_command(main: Callable[[], None]) -> None:
 
     Everything else keeps its traceback: whoever changes the code must see where it broke.
     """
+    sys.excepthook = report_exception
     try:
         main()
     except InputError as error:
@@ -43,3 +46,14 @@ def run_command(main: Callable[[], None]) -> None:
         raise SystemExit(f"error: {message}") from None
     except KeyboardInterrupt:
         raise SystemExit("stopped by Ctrl-C") from None
+
+
+def report_exception(kind: type, error: BaseException, traceback) -> None:
+    """sys.excepthook: a data worker is silent when the main process has gone in their midst.
+
+    Its thread that hands over batches would print a traceback behind "stopped by Ctrl-C".
+    """
+    in_worker = multiprocessing.parent_process() is not None
+    if in_worker and isinstance(error, (EOFError, ConnectionError)):
+        return
+    sys.__excepthook__(kind, error, traceback)

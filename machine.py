@@ -1,15 +1,30 @@
-"""What this machine computes fast."""
+"""This process, and what its machine computes fast."""
 
 import os
+import time
 import warnings
 
 import torch
 from accelerate import PartialState
 
+LET_GO = 0.2  # seconds that threads of other libraries get for it
+
 
 def get_process() -> PartialState:
     """This process among those of the run, with its device; the CPU if there is no accelerator."""
     return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def end_processes() -> None:
+    """Leave the run's group of processes, at the end of a command.
+
+    gloo's threads let go of the last tensors a moment after these have arrived, and need the
+    interpreter for it. A thread that still wants it when it ends would abort the process.
+    """
+    state = PartialState()
+    if state.num_processes > 1:
+        time.sleep(LET_GO)
+    state.destroy_process_group()
 
 
 def choose_workers() -> int:
@@ -21,6 +36,16 @@ def choose_workers() -> int:
         return 0
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's, on this machine
     return min(4, (os.cpu_count() or 1) // processes)
+
+
+def may_fork() -> bool:
+    """Whether data workers may be forked: not from one of several processes on CPUs.
+
+    These share their results by threads of gloo. A worker that is forked while one of them holds a
+    lock of the interpreter would wait for it forever.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+    return processes == 1 or torch.accelerator.is_available()
 
 
 def has_fast_bf16() -> bool:

@@ -22,7 +22,7 @@ import scoring
 from arguments import RecognitionArguments
 from command import InputError, parse_arguments, run_command
 from loading import load
-from machine import get_process
+from machine import end_processes, get_process, may_fork
 from manifest import Utterance, read_manifest
 from model import SpeechLLM
 from words import time_words
@@ -53,7 +53,7 @@ def recognize(
         ordered,
         batch_size,
         collate_fn=collator,
-        num_workers=num_workers,
+        num_workers=num_workers if may_fork() else 0,
         pin_memory=torch.accelerator.is_available(),
     )
     start = time.perf_counter()
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
             parts[beams].replace(path)
         if table:
             print(scoring.format_report(table, dropped, metric, normalizer))
-    state.destroy_process_group()
+    end_processes()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import transformers
-from accelerate import PartialState
 from accelerate.utils import GatheredParameters
 
 import scoring
@@ -29,6 +28,7 @@ from checkpoints import (
 from command import InputError, parse_arguments, run_command
 from data import by_length
 from loading import build, find_projector, read_config
+from machine import end_processes
 from manifest import Utterance, read_manifest
 from model import Config, SpeechLLM
 from recognize import make_result, recognize
@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     args.check_processes()
     checkpoint = find_checkpoint(args)
     train(args, make_config(args, checkpoint), checkpoint)
-    PartialState().destroy_process_group()
+    end_processes()
 
 
 if __name__ == "__main__":

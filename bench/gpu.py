@@ -38,8 +38,9 @@ from whisper.audio import SAMPLE_RATE
 from whisper.model import AudioEncoder
 
 from arguments import TrainingArguments
-from bench.memory import ENCODERS, LLMS, SIZES
+from bench.memory import ENCODERS, GIB, LLMS, SIZES
 from bench.reference import Reference
+from bench.speed import measure_limit
 from cache import Encoder
 from checkpoints import start_deepspeed
 from command import InputError, parse_arguments, run_command
@@ -52,7 +53,6 @@ from scoring import format_table
 from tests import tiny
 from train import ProjectorTrainer
 
-GIB = 2**30
 WARM_UP = 10  # steps that are not timed
 CTC_AND_LLM = {"ctc_weight": 0.3}
 CTC_ALONE = {"ctc_weight": 0.3, "ctc_only": True}
@@ -137,14 +137,6 @@ def read_peak() -> str:
     if not torch.cuda.is_available():
         return "no GPU"
     return f"{torch.cuda.max_memory_allocated() / GIB:.1f}"
-
-
-def measure_limit(device: torch.device) -> float:
-    """Operations a second of products of two large matrices in bfloat16."""
-    size = 8192 if device.type != "cpu" else 512
-    a = torch.randn(size, size, dtype=torch.bfloat16, device=device)
-    seconds = [measure_seconds(torch.mm, a, a) for _ in range(30)]
-    return 2 * size**3 / median(seconds[10:])
 
 
 class StepClock(TrainerCallback):
@@ -261,7 +253,8 @@ def make_batch(model: SpeechLLM | Reference, size: int, device, seconds=(2, 16))
 
 def compare_flows(args: Arguments, model: SpeechLLM, device: torch.device) -> list[dict]:
     """Steps of this code and of the published flow, whose batches wait on the device."""
-    limit = measure_limit(device)
+    size = 512 if device.type == "cpu" else 8192
+    limit = measure_limit(size, model.llm.dtype, device)
     reference = Reference(model)
     flows = {
         "CTC alone": (model, CTC_ALONE),

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 from whisper.audio import SAMPLE_RATE
 
+from bench.memory import GIB
 from bench.reference import Reference
 from cache import Encoder
 from command import InputError, parse_arguments, run_command
@@ -34,7 +35,6 @@ from loading import load, read_config
 from manifest import Utterance, read_manifest
 from scoring import format_table
 
-GIB = 2**30
 # what a step of ours may do: a row's name, and the options of Flow.train
 STEPS = {
     "ours, CTC alone": {"ctc_weight": 0.3, "ctc_only": True},
@@ -158,15 +158,20 @@ class Flow:
         return self.step([batch] * 3, ctc_weight=0.3)
 
     def limit(self) -> dict:
-        """Operations a second of matrix products in the flows' precision, over a second."""
+        """The limit in the flows' precision."""
         size = 2048 if self.device.type == "cpu" else 8192
-        a = torch.randn(size, size, dtype=self.model.llm.dtype, device=self.device)
-        (a @ a).sum().item()  # which waits for the device
-        count, start = 0, time.perf_counter()
-        while time.perf_counter() - start < 1:
-            (a @ a).sum().item()
-            count += 1
-        return {"limit": count * 2 * size**3 / (time.perf_counter() - start)}
+        return {"limit": measure_limit(size, self.model.llm.dtype, self.device)}
+
+
+def measure_limit(size: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Operations a second of products of two square matrices, over a second."""
+    a = torch.randn(size, size, dtype=dtype, device=device)
+    (a @ a).sum().item()  # which waits for the device
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < 1:
+        (a @ a).sum().item()
+        count += 1
+    return count * 2 * size**3 / (time.perf_counter() - start)
 
 
 class FlowProcess:

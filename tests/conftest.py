@@ -7,6 +7,7 @@ import tiny
 import transformers
 
 from loading import build
+from manifest import read_manifest
 from model import Config
 
 transformers.logging.disable_progress_bar()
@@ -32,3 +33,15 @@ def projector(paths, tmp_path_factory):
     path = tmp_path_factory.mktemp("projector") / "model.safetensors"
     build(Config(paths.qwen, paths.whisper)).save_projector(path)
     return str(path)
+
+
+@pytest.fixture
+def model(paths):
+    """The tiny Qwen and the tiny Whisper with a random projector between them."""
+    return tiny.make_model(paths)
+
+
+@pytest.fixture
+def utterances(paths):
+    """Those of the manifest of eight sounds."""
+    return read_manifest([paths.manifest])

@@ -21,7 +21,6 @@ import recognize
 import train
 from cache import Encoder
 from loading import build, load, load_whisper
-from manifest import read_manifest
 from model import Config, Projector, SpeechLLM
 
 pytestmark = [
@@ -58,11 +57,6 @@ def on_cpu(paths) -> SpeechLLM:
 @pytest.fixture
 def on_gpu(paths) -> SpeechLLM:
     return tiny.make_model(paths).to(DEVICE)
-
-
-@pytest.fixture
-def utterances(paths):
-    return read_manifest([paths.manifest])
 
 
 def collate(model, utterances) -> dict:

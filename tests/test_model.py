@@ -9,7 +9,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from command import InputError
 from data import IGNORE
-from manifest import read_manifest
 from model import Projector
 
 FAMILIES = ["qwen", "llama", "gemma"]
@@ -24,16 +23,6 @@ WINDOWS = {
     "gpt_oss": {**WINDOW, "num_local_experts": 4},
     "mpt": {"max_seq_len": 4096},  # ALiBi
 }
-
-
-@pytest.fixture
-def model(paths):
-    return tiny.make_model(paths)
-
-
-@pytest.fixture
-def utterances(paths):
-    return read_manifest([paths.manifest])
 
 
 def embed(model, utterances):
@@ -235,11 +224,11 @@ def test_the_loss_is_a_mean_over_all_labels_of_an_optimizer_step(model, utteranc
     assert close(first + rest, whole)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_batch_of_four_equals_four_single_runs(paths, utterances, family):
-    model = tiny.make_model(paths, llm=family)
-    utterances = utterances[::2]
-    options = {"num_items_in_batch": 19, "ctc_weight": 0.3}
+def check_batch_against_singles(model, utterances, **options):
+    """Losses and hypotheses of a batch are those of its utterances alone.
+
+    Returns the hypotheses by the width of the beam.
+    """
     together = run(model, utterances, **options)["loss"]
     apart = 0
     for utterance in utterances:
@@ -247,12 +236,23 @@ def test_a_batch_of_four_equals_four_single_runs(paths, utterances, family):
     assert abs(together - apart) < 1e-5
 
     audio, _ = embed(model, utterances)
+    by_beams = {}
     for beams in (1, 3):
         hypotheses = []
         for utterance in utterances:
             single, _ = embed(model, [utterance])
             hypotheses += model.generate(single, beams)
         assert model.generate(audio, beams) == hypotheses
+        by_beams[beams] = hypotheses
+    return by_beams
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_of_four_equals_four_single_runs(paths, utterances, family):
+    model = tiny.make_model(paths, llm=family)
+    options = {"num_items_in_batch": 19, "ctc_weight": 0.3}
+    by_beams = check_batch_against_singles(model, utterances[::2], **options)
+    for hypotheses in by_beams.values():
         assert len({tuple(ids) for ids in hypotheses}) == 4
 
 
@@ -273,18 +273,7 @@ def test_a_row_is_read_the_same_alone_and_beside_a_longer_one(model, utterances,
     model.before, model.after = model.before[:1], model.after[:1]  # padding is within the window
     rows = [utterances[0], utterances[-1]]
     assert rows[1].duration > 2 * rows[0].duration
-    together = run(model, rows, num_items_in_batch=8)["loss"]
-    apart = 0
-    for row in rows:
-        apart += run(model, [row], num_items_in_batch=8)["loss"]
-    assert abs(together - apart) < 1e-5
-    audio, _ = embed(model, rows)
-    for beams in (1, 3):
-        hypotheses = []
-        for row in rows:
-            single, _ = embed(model, [row])
-            hypotheses += model.generate(single, beams)
-        assert model.generate(audio, beams) == hypotheses
+    check_batch_against_singles(model, rows, num_items_in_batch=8)
 
 
 def test_the_listening_gap_is_the_loss_with_the_audio_of_others_less_the_loss(model, utterances):

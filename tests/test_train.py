@@ -109,7 +109,8 @@ def test_the_published_command_runs_flag_for_flag(tmp_path, monkeypatch, setup):
         train.main(shlex.split(RECIPE))
     else:
         command = f"{TORCHRUN} --nnodes=1 --nproc_per_node=2 {ROOT}/train.py {RECIPE}"
-        finish(f"{command} {ZERO}" if setup == "zero" else command, tmp_path)
+        printed = finish(f"{command} {ZERO}" if setup == "zero" else command, tmp_path)
+        assert "each process reads its audio itself" in printed
     output_dir = tmp_path / "Qwen-1.5B-Instruct-whisper-tiny"
     newest = output_dir / "checkpoint-5"
     assert len(list(newest.glob("rng_state*.pth"))) == (1 if setup == "one" else 2)

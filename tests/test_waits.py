@@ -8,20 +8,8 @@ import torch
 from accelerate.utils import send_to_device
 from pretend_gpu import DEVICE, OURS, PretendGpu
 
-from manifest import read_manifest
-
 BOTH = {"ctc_weight": 0.3}
 CTC_ALONE = {"ctc_weight": 0.3, "ctc_only": True}
-
-
-@pytest.fixture
-def model(paths):
-    return tiny.make_model(paths)
-
-
-@pytest.fixture
-def utterances(paths):
-    return read_manifest([paths.manifest])
 
 
 def train(model, batch: dict, **options) -> None:

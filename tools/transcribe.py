@@ -30,7 +30,7 @@ from transformers.hf_argparser import HfArg
 from arguments import check_positive
 from command import InputError, parse_arguments, run_command
 from loading import load
-from machine import get_process, has_fast_bf16
+from machine import end_processes, get_process, has_fast_bf16
 from manifest import Utterance
 from model import SpeechLLM
 from recognize import recognize
@@ -246,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
                 transcript = make_transcript(pieces, args.num_beams)
                 write(transcript, args.output, paths.get(transcript.name))
     bar.close()
-    state.destroy_process_group()
+    end_processes()
     if failed:
         raise InputError(f"{failed} of {len(files)} files have no transcript; they are named above")
 
