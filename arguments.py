@@ -13,6 +13,8 @@ from transformers.integrations import get_available_reporting_integrations
 
 from command import InputError
 from machine import choose_bf16, choose_workers, has_fast_bf16, may_fork
+from manifest import Utterance
+from scoring import choose_metric
 
 # flags of the Trainer that break here or mean nothing, and what is said of them
 REFUSED = {
