@@ -9,7 +9,7 @@ import torch
 import whisper
 from accelerate import PartialState
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -254,7 +254,7 @@ def find_projector(path: str) -> str:
         return hf_hub_download(repository, file)
     except LocalEntryNotFoundError:
         reason = "it cannot be reached, and its cache has no such file"
-    except (EntryNotFoundError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:  # the Hub's answer, or what is no name there
         reason = " ".join(str(error).split())
     raise InputError(
         f"--projector_model_path: no such file: {path}; nor is {file} of {repository} from the "

@@ -11,6 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_train import equal, run
 
 import train
 from command import InputError
@@ -112,7 +113,7 @@ def test_what_is_uploaded_loads_by_its_name_and_again_without_network(
     content = Path(projector).read_bytes()
     assert hub["user/name"]["model.safetensors"] == content
     hub["user/name"]["best/beam5.safetensors"] = content
-    assert load("user/name").speech_config == read_config(projector)
+    assert load("user/name").speech_config == read_config("user/name") == read_config(projector)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     hub.clear()
     assert Path(find_projector("user/name")).read_bytes() == content
@@ -125,6 +126,14 @@ def test_a_file_of_a_repository_and_what_it_lacks(hub):
         find_projector("user/name")
     with pytest.raises(InputError, match="of other/name from the Hub: .*Repository Not Found"):
         find_projector("other/name")
+
+
+def test_training_goes_on_from_a_name_on_the_hub(paths, projector, hub):
+    hub["user/name"] = {"model.safetensors": Path(projector).read_bytes()}
+    last = run(
+        paths, Path("out"), "--projector_model_path user/name --max_steps 1 --learning_rate 0"
+    )
+    assert equal(last, load_file(projector))
 
 
 def test_a_cache_of_the_hub_serves_without_network(projector, offline):
@@ -198,6 +207,7 @@ def test_the_card_has_the_settings_and_the_results(projector, offline):
         (["--repo_id", "name"], "--repo_id must be user/name, got name"),
         (["--repo_id", "a/b", "--results_path", "no.md"], "--results_path: cannot read no.md"),
         (["--repo_id", "a/b", "--results_path", "m.md"], "no Markdown table in m.md"),
+        (["--repo_id", "a/b", "--card_path", "no/card.md"], "--card_path: cannot write no/card.md"),
     ],
 )
 def test_what_makes_no_card_is_refused(projector, offline, flags, reason):

@@ -45,6 +45,8 @@ def test_librispeech(tmp_path, capsys):
     first = make_sound(chapter / "19-198-0000.flac")
     second = make_sound(chapter / "19-198-0001.flac")
     make_sound(chapter / "19-198-0002.flac")
+    (chapter / "._19-198-0000.flac").write_bytes(b"of macOS")
+    (chapter / "._19-198.trans.txt").write_bytes(b"of macOS")
     write(chapter / "19-198.trans.txt", "19-198-0001 GO ON", "19-198-0000 STOP", "X Y")
     assert run(tmp_path / "corpus", "librispeech", "--part", "train") == [
         {"wav": first, "txt": "stop", "key": "19-198-0000", "spk": "19", "duration": 1.0},

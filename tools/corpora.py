@@ -13,7 +13,7 @@ from pathlib import Path
 
 from command import InputError
 from manifest import parse_json_object
-from tools.audio import SUFFIXES
+from tools.audio import SUFFIXES, is_hidden
 
 TEXT_COLUMNS = ("transcription", "transcript", "text", "sentence", "txt")
 SPEAKER_COLUMNS = ("speaker_id", "speaker", "spk", "client_id")
@@ -49,15 +49,20 @@ def read_corpus(name: str, source: Path, part: str | None) -> list[Entry]:
     return [*TREES[name](source)]
 
 
+def find_files(folder: Path, pattern: str) -> list[Path]:
+    """Those that are not hidden, at any depth, in the order of their names."""
+    return [path for path in sorted(folder.rglob(pattern)) if not is_hidden(path, folder)]
+
+
 def read_librispeech(folder: Path) -> Iterator[Entry]:
     """SPEAKER/CHAPTER/*.flac with a *.trans.txt beside them; UPPER CASE becomes lower case.
 
     An LLM has many more and shorter tokens for upper case.
     """
     texts = {}
-    for path in folder.rglob("*.trans.txt"):
+    for path in find_files(folder, "*.trans.txt"):
         texts |= read_pairs(path)
-    audio = {path.stem: path for path in folder.rglob("*.flac")}
+    audio = {path.stem: path for path in find_files(folder, "*.flac")}
     for key in sorted(audio.keys() | texts.keys()):
         text = texts.get(key, "").lower()
         yield Entry(key, audio.get(key), text, speaker=key.split("-")[0])
@@ -68,7 +73,7 @@ def read_aishell(folder: Path, part: str | None) -> Iterator[Entry]:
     if part is None:
         raise InputError("--corpus aishell needs --part: train, dev or test")
     texts = read_pairs(folder / "transcript" / "aishell_transcript_v0.8.txt")
-    for path in sorted((folder / "wav" / part).rglob("*.wav")):
+    for path in find_files(folder / "wav" / part, "*.wav"):
         text = "".join(texts.get(path.stem, "").split())
         yield Entry(path.stem, path, text, speaker=path.parent.name)
 
@@ -148,11 +153,11 @@ def read_common_voice(folder: Path, part: str | None) -> Iterator[Entry]:
 def read_audiofolder(folder: Path) -> Iterator[Entry]:
     """Hugging Face's: metadata.csv or metadata.jsonl, whose `file_name` is relative to it."""
     found = False
-    for path in sorted(folder.rglob("metadata.csv")):
+    for path in find_files(folder, "metadata.csv"):
         found = True
         for place, row in read_table(path, ["file_name"]):
             yield from refuse_faults(parse_audiofolder, row, place, path.parent)
-    for path in sorted(folder.rglob("metadata.jsonl")):
+    for path in find_files(folder, "metadata.jsonl"):
         found = True
         yield from read_list(path, parse_audiofolder)
     if not found:
@@ -174,8 +179,8 @@ def parse_audiofolder(row: dict, place: str, folder: Path) -> Iterator[Entry]:
 
 def read_plain_pairs(folder: Path) -> Iterator[Entry]:
     """a.wav beside a.txt, at any depth; a folder in the folder is taken for a speaker."""
-    texts = {path.with_suffix("") for path in folder.rglob("*.txt")}
-    for path in sorted(folder.rglob("*")):
+    texts = {path.with_suffix("") for path in find_files(folder, "*.txt")}
+    for path in find_files(folder, "*"):
         if path.suffix.lower() not in SUFFIXES:
             continue
         name = path.with_suffix("")

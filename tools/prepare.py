@@ -23,7 +23,8 @@ from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
 from command import InputError, parse_arguments, run_command
-from manifest import SHOWN_ERRORS, check_text, read_duration
+from manifest import SHOWN_ERRORS, check_text
+from sound import OVERSHOOT, read_duration
 from tools.corpora import Entry, read_corpus
 
 CORPORA = Literal[
@@ -37,7 +38,6 @@ CORPORA = Literal[
     "audiofolder",
     "pairs",
 ]
-OVERSHOOT = 0.5  # seconds that a segment may end behind its file, as in Kaldi's extract-segments
 WHOLE = 0.05  # seconds that the rounding of a duration may leave of a file
 
 

@@ -17,7 +17,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData
 from transformers.hf_argparser import HfArg
 
 from command import InputError, parse_arguments, run_command
-from loading import read_config
+from loading import find_projector, read_config
 from model import Config
 from scoring import format_table
 
@@ -122,6 +122,13 @@ def read_results(path: Path) -> str:
     return text.strip()
 
 
+def write_card(card: str, path: Path) -> None:
+    try:
+        path.write_text(card, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--card_path: cannot write {path}: {error.strerror}") from error
+
+
 def upload(projector: Path, card: str, args: Arguments) -> str:
     """The address of the commit with both files."""
     api = HfApi()
@@ -142,12 +149,13 @@ def upload(projector: Path, card: str, args: Arguments) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(Arguments, argv)
-    card = make_card(read_config(args.projector_model_path), args)
+    projector = find_projector(args.projector_model_path)
+    card = make_card(read_config(projector), args)
     if args.card_path:
-        args.card_path.write_text(card, encoding="utf-8")
+        write_card(card, args.card_path)
         print(args.card_path)
     else:
-        print(upload(Path(args.projector_model_path), card, args))
+        print(upload(Path(projector), card, args))
 
 
 if __name__ == "__main__":
