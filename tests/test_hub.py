@@ -112,6 +112,9 @@ def test_what_is_uploaded_loads_by_its_name_and_again_without_network(
     assert capsys.readouterr().out.endswith("/user/name/commit/c\n")
     content = Path(projector).read_bytes()
     assert hub["user/name"]["model.safetensors"] == content
+    hub["other/name"] = {"model.safetensors": hub.pop("user/name")["model.safetensors"]}
+    upload.main(["--projector_model_path", "other/name", *flags])
+    assert hub["user/name"]["model.safetensors"] == content
     hub["user/name"]["best/beam5.safetensors"] = content
     assert load("user/name").speech_config == read_config("user/name") == read_config(projector)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
