@@ -192,10 +192,13 @@ def make_cut(wav, **changes):
 def test_lhotse(tmp_path, capsys):
     wav = make_sound(tmp_path / "a.wav", 4.0)
     cut = make_cut(wav)
-    behind = {**cut["supervisions"][0], "start": 1.5}  # the cut ends before it
+    rounded = {**cut["supervisions"][0], "start": 0.77}
+    behind = {**rounded, "start": 0.9}  # the cut ends before it, as cut_into_windows leaves it
+    before = {**rounded, "start": -0.1}
     resampled = make_cut(wav, transforms=[{"name": "Resample", "kwargs": {}}])
     cuts = [
-        cut | {"supervisions": [*cut["supervisions"], behind]},
+        cut | {"supervisions": [*cut["supervisions"], rounded]},
+        cut | {"supervisions": [behind, before]},
         resampled,
         make_cut(wav, transforms=[{"name": "Speed", "kwargs": {"factor": 0.9}}]),
         make_cut(wav, sources=[{"type": "command", "channels": [0], "source": "cat a.wav"}]),
@@ -209,12 +212,15 @@ def test_lhotse(tmp_path, capsys):
     path.write_bytes(gzip.compress("\n".join(map(json.dumps, cuts)).encode()))
     assert shorten(run(path, "lhotse")) == [
         (wav, 1.5, 2.75, "Go on", "s1"),
-        (wav, 2.5, 3.0, "Go on", "s1"),
+        (wav, 1.77, 3.0, "Go on", "s1"),
         (wav, 1.5, 2.75, "Go on", "s1"),
     ]
     reasons = capsys.readouterr().out.splitlines()[1:]
+    assert reasons.pop(5) == (
+        "2 rejected: its cut holds a part of the supervision, but all of its text (r1-a, r1-a)"
+    )
     lines = [reason.split("cuts.jsonl.gz:", 1)[1] for reason in reasons]
-    assert lines == ["6)", "8, cuts.jsonl.gz:9)", "5)", "4)", "3)", "7)"]
+    assert lines == ["7)", "9, cuts.jsonl.gz:10)", "6)", "5)", "4)", "8)"]
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(InputError, match="cannot read .*cuts.jsonl.gz"):
         run(path, "lhotse")

@@ -16,6 +16,7 @@ from manifest import parse_json_object
 from tools.audio import SUFFIXES, is_hidden
 
 TEXT_COLUMNS = ("transcription", "transcript", "text", "sentence", "txt")
+ROUNDING = 0.05  # seconds by which a rounded time may miss what it stands for
 SPEAKER_COLUMNS = ("speaker_id", "speaker", "spk", "client_id")
 
 
@@ -248,6 +249,8 @@ def parse_lhotse(row: dict, place: str, folder: Path) -> Iterator[Entry]:
         entry = Entry(str(supervision["id"]), path, get_text(supervision, "text"))
         entry.speaker = get_name(supervision, "speaker")
         entry.start, entry.end = max(start, first), min(end, last)
+        if first < start - ROUNDING or last > end + ROUNDING:
+            entry.fault = "its cut holds a part of the supervision, but all of its text"
         yield entry
 
 

@@ -25,7 +25,7 @@ from transformers.hf_argparser import HfArg
 from command import InputError, parse_arguments, run_command
 from manifest import SHOWN_ERRORS, check_text
 from sound import OVERSHOOT, read_duration
-from tools.corpora import Entry, read_corpus
+from tools.corpora import ROUNDING, Entry, read_corpus
 
 CORPORA = Literal[
     "librispeech",
@@ -38,7 +38,6 @@ CORPORA = Literal[
     "audiofolder",
     "pairs",
 ]
-WHOLE = 0.05  # seconds that the rounding of a duration may leave of a file
 
 
 @dataclass
@@ -114,7 +113,7 @@ def find_times(entry: Entry) -> dict[str, float]:
     if not 0 <= entry.start < end:
         raise InputError("start and end have nothing between them in the file")
     times = {"duration": round(end - entry.start, 4)}
-    if entry.start > 0 or end < length - WHOLE:
+    if entry.start > 0 or end < length - ROUNDING:
         times |= {"start": round(entry.start, 4), "end": round(end, 4)}
     return times
 
