@@ -344,13 +344,47 @@ def test_train_and_dev_share_no_speaker(tmp_path, capsys):
         run(path, "nemo", *flags)
 
 
-def test_each_corpus_has_a_line_in_and_a_line_out_in_the_docs():
-    text = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
-    for name in get_args(prepare.CORPORA):
-        section = text.split(f"### {name}\n")[1].split("\n#")[0]
-        given, made = re.findall(r"```(?:json)?\n(.+?)\n```", section, re.DOTALL)
-        keys = {"wav", "txt", "key", "spk", "duration", "start", "end"}
-        assert keys >= json.loads(made).keys() >= {"wav", "txt", "key", "duration"}
+ROOT = Path(__file__).parents[1]
+DOCS = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+# where the lines in of the docs go; in a folder, each names its own file
+PLACES = {
+    "librispeech": ("LibriSpeech/dev-clean/84/121123/84-121123.trans.txt", "LibriSpeech"),
+    "aishell": ("data_aishell/transcript/aishell_transcript_v0.8.txt", "data_aishell"),
+    "kaldi": ("kaldi", "kaldi"),
+    "nemo": ("nemo.json", "nemo.json"),
+    "wenet": ("data.list", "data.list"),
+    "lhotse": ("cuts.jsonl", "cuts.jsonl"),
+    "common_voice": ("cv/train.tsv", "cv"),
+    "audiofolder": ("folder/train/metadata.csv", "folder"),
+    "pairs": ("pairs", "pairs"),
+}
+
+
+@pytest.mark.parametrize("corpus", get_args(prepare.CORPORA))
+def test_the_line_in_of_the_docs_becomes_the_line_out(tmp_path, monkeypatch, corpus):
+    monkeypatch.chdir(tmp_path)
+    section = DOCS.split(f"### {corpus}\n")[1].split("\n#")[0]
+    given, made = re.findall(r"```(?:json)?\n(.+?)\n```", section, re.DOTALL)
+    row = json.loads(made.replace("/data/", f"{tmp_path}/"))
+    make_sound(row["wav"], 60.0 if "end" in row else row["duration"])
+    place, source = PLACES[corpus]
+    if place == corpus:
+        for line in given.splitlines():
+            name, content = line.split(":", 1)
+            write(tmp_path / place / name, content.strip())
+    else:
+        write(tmp_path / place, given)
+    part = ["--part", "train"] if corpus in ("aishell", "common_voice") else []
+    assert run(tmp_path / source, corpus, *part) == [row]
+
+
+def test_the_first_command_of_the_docs_prints_what_they_say(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    command, printed = re.findall(r"```(?:bash)?\n(.+?)```", DOCS, re.DOTALL)[:2]
+    flags = command.replace("\\\n", " ").split()[3:]
+    flags[flags.index("--manifest") + 1] = str(tmp_path / "train.jsonl")
+    prepare.main(flags)
+    assert capsys.readouterr().out.replace(f"{tmp_path}/", "") == printed
 
 
 @pytest.mark.parametrize(
