@@ -31,6 +31,8 @@ REFUSED = {
 }
 # the same within --accelerator_config
 PLAIN_BATCHES = {"split_batches": False, "dispatch_batches": None, "even_batches": True}
+# what evaluation logs beside the loss
+GAP = "listening_gap"
 ERROR_RATES = ("wer", "cer", "mer")
 EDITS = ("substitutions", "deletions", "insertions")
 
@@ -135,6 +137,10 @@ class TrainingArguments(transformers.TrainingArguments):
             raise InputError(f"--eval_strategy {self.eval_strategy} needs --eval_data_path")
         if self.deepspeed and not is_deepspeed_available():
             raise InputError("--deepspeed needs a package that is not there: pip install deepspeed")
+        if self.metric_for_best_model is not None:
+            self.metric_for_best_model = plain_name(self.metric_for_best_model)
+            if self.greater_is_better is None:
+                self.greater_is_better = self.metric_for_best_model == GAP
         if self.fp16:
             warnings.warn("--fp16: Qwen overflows in it (grad_norm nan); use --bf16", stacklevel=2)
         self.bf16 = choose_bf16(self.bf16)  # before autocast and ZeRO's settings follow from it
@@ -266,17 +272,19 @@ def check_batches(args: TrainingArguments) -> None:
 
 
 def check_evaluation(args: TrainingArguments, utterances: list[Utterance]) -> None:
-    """InputError if evaluation of these will not have the metric for the best model."""
+    """InputError if evaluation of these will have nothing, or not the metric for the best model."""
+    if args.eval_strategy == "no":
+        return
     check_drop_last(args, "eval_data_path", len(utterances), args.eval_batch_size)
-    names = ["loss", "runtime", "samples_per_second", "steps_per_second"]
+    names = ["loss"]
     if not args.prediction_loss_only:
         if min(len(utterances), args.eval_batch_size) > 1:
-            names.append("listening_gap")
+            names.append(GAP)
         if args.eval_hypotheses > 0:
             texts = [{"txt": x.text} for x in utterances[: args.eval_hypotheses]]
             metric, _ = choose_metric(texts, "auto", "auto")
             names += [metric.lower(), *EDITS]
-    if args.eval_strategy != "no" and args.metric_for_best_model not in [None, *names]:
+    if args.metric_for_best_model not in [None, *names]:
         raise InputError(
             f"--metric_for_best_model {args.metric_for_best_model}: evaluation will have "
             f"{', '.join(names)}; error rates need --eval_hypotheses, the gap batches of 2"

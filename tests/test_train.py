@@ -372,7 +372,8 @@ def test_evaluation_has_the_error_rate_of_recognition(paths, tmp_path, capsys):
     recognize.main(f"{command} {options}".split())
     head, _, row, *_ = capsys.readouterr().out.splitlines()
     cells = dict(zip(head.split(" | "), row.split(" | ")))
-    for name in ("WER %", "substitutions", "deletions", "insertions"):
+    assert figures["eval_wer"] == float(cells["WER %"])
+    for name in ("substitutions", "deletions", "insertions"):
         assert figures[f"eval_{name}"] == float(cells[name])
 
 
