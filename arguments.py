@@ -1,5 +1,7 @@
 """The flags of train.py and recognize.py, and what is refused before models load."""
 
+import json
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +21,33 @@ from scoring import choose_metric
 # flags of the Trainer that break here or mean nothing, and what is said of them
 REFUSED = {
     "auto_find_batch_size": "batches are put together by length before; lower the batch size",
+    "average_tokens_across_devices": "the loss is a mean over the tokens of all processes",
     "batch_eval_metrics": "evaluation measures all batches together",
+    "dataloader_in_order": "a run could not be repeated, nor resumed exactly",
     "eval_do_concat_batches": "evaluation measures all batches together",
     "fsdp": "take --deepspeed ds_config_zero3.json to share an LLM out",
     "include_for_metrics": "evaluation measures what it does, and needs no more",
+    "include_num_input_tokens_seen": "the model reads audio; the length of a manifest is known",
     "label_names": "evaluation would have no loss",
     "label_smoothing_factor": "the losses are the model's own",
-    "neftune_noise_alpha": "it is for embeddings that learn",
+    "neftune_noise_alpha": "it is for embeddings that learn, and the LLM's are frozen",
+    "optim_target_modules": "it is for the weights of an LLM, which are frozen",
     "push_to_hub": "upload model.safetensors when training is done",
     "use_liger_kernel": "it changes models of transformers alone, and this one holds its LLM",
 }
-# the same within --accelerator_config
-PLAIN_BATCHES = {"split_batches": False, "dispatch_batches": None, "even_batches": True}
+# what --accelerator_config must leave alone
+PLAIN_BATCHES = {
+    "split_batches": False,
+    "dispatch_batches": None,
+    "even_batches": True,
+    "gradient_accumulation_kwargs": None,
+}
+NEED_WORKERS = (
+    "dataloader_persistent_workers",
+    "dataloader_prefetch_factor",
+    "dataloader_multiprocessing_context",
+)
+MAY_BE_EMPTY = ("prompt", "debug")
 # what evaluation logs beside the loss
 GAP = "listening_gap"
 ERROR_RATES = ("wer", "cer", "mer")
@@ -107,12 +124,8 @@ class TrainingArguments(transformers.TrainingArguments):
     )
 
     def __post_init__(self):
-        for flag, reason in REFUSED.items():
-            value = getattr(self, flag)
-            if value != getattr(transformers.TrainingArguments, flag, []):  # the default
-                raise InputError(f"--{flag} {value} is refused: {reason}")
-        for flag in ("output_dir", "projector_model_path", "encoder_cache"):
-            check_not_empty(flag, getattr(self, flag))
+        check_no_empty(self)
+        check_refused(self)
         for flag in ("save_steps", "eval_steps", "logging_steps", "model_max_length"):
             check_above_zero(flag, getattr(self, flag))
         if self.max_steps == 0:
@@ -131,12 +144,7 @@ class TrainingArguments(transformers.TrainingArguments):
         check_not_negative("ctc_weight", self.ctc_weight)
         check_not_negative("learning_rate", self.learning_rate)
         check_not_negative("eval_hypotheses", self.eval_hypotheses)
-        if self.eval_hypotheses > 0 and not self.eval_data_path:
-            raise InputError("--eval_hypotheses needs --eval_data_path")
-        if self.eval_strategy != "no" and not self.eval_data_path:
-            raise InputError(f"--eval_strategy {self.eval_strategy} needs --eval_data_path")
-        if self.deepspeed and not is_deepspeed_available():
-            raise InputError("--deepspeed needs a package that is not there: pip install deepspeed")
+        check_needs(self)
         if self.metric_for_best_model is not None:
             self.metric_for_best_model = plain_name(self.metric_for_best_model)
             if self.greater_is_better is None:
@@ -151,9 +159,18 @@ class TrainingArguments(transformers.TrainingArguments):
                 stacklevel=2,
             )
             self.dataloader_num_workers = 0
-            self.dataloader_prefetch_factor = None  # is refused without workers
-            self.dataloader_persistent_workers = False  # likewise
-        super().__post_init__()
+            for flag in NEED_WORKERS:
+                setattr(self, flag, None)
+        for flag in self._VALID_DICT_FIELDS:
+            check_json(flag, getattr(self, flag))
+        try:
+            super().__post_init__()
+        except TypeError as error:
+            raise InputError(f"--accelerator_config: {error}") from error
+        check_optimizer(self)
+        check_schedule(self)
+        check_loggers(self)
+        check_batches(self)
         self.accelerator_config.non_blocking = True  # or each tensor of a batch waits for the GPU
         self.remove_unused_columns = False  # rows are Utterances
         self.train_sampling_strategy = "sequential"  # rows are in their order
@@ -238,6 +255,7 @@ class RecognitionArguments(ScoringArguments):
     )
 
     def __post_init__(self):
+        check_no_empty(self)
         for beams in self.num_beams:
             check_positive("num_beams", beams)
         check_positive("batch_size", self.batch_size)
@@ -252,13 +270,79 @@ def plain_name(metric: str) -> str:
     return metric.lower().removeprefix("eval_").removesuffix("%").strip()
 
 
-def check_packages(args: TrainingArguments) -> None:
-    """InputError where an optimizer or a logger needs a package that is not installed."""
-    transformers.Trainer.get_optimizer_cls_and_kwargs(args)
+def check_refused(args: TrainingArguments) -> None:
+    """InputError for flags of the Trainer that this training does not have."""
+    for flag, reason in REFUSED.items():
+        value = getattr(args, flag)
+        default = getattr(transformers.TrainingArguments, flag, [])
+        is_off = value is False and default is not True  # the default may be None, or "no"
+        if value != default and not is_off:
+            raise InputError(f"--{flag} {value} is refused: {reason}")
+
+
+def check_needs(args: TrainingArguments) -> None:
+    """InputError for a flag without another that it needs."""
+    evaluates = args.eval_strategy != "no"
+    if not args.eval_data_path:
+        if evaluates:
+            raise InputError(f"--eval_strategy {args.eval_strategy} needs --eval_data_path")
+        if args.eval_hypotheses > 0:
+            raise InputError("--eval_hypotheses needs --eval_data_path")
+        if args.eval_on_start:
+            raise InputError("--eval_on_start needs --eval_data_path")
+    if args.load_best_model_at_end and not evaluates:
+        raise InputError("--load_best_model_at_end needs --eval_strategy")
+    if args.save_strategy == "best":
+        if not evaluates:
+            raise InputError("--save_strategy best needs --eval_strategy")
+        if args.metric_for_best_model is None:
+            raise InputError("--save_strategy best needs --metric_for_best_model, such as loss")
+    for flag in NEED_WORKERS:
+        if getattr(args, flag) and args.dataloader_num_workers == 0:
+            raise InputError(f"--{flag} needs --dataloader_num_workers of 1 or more")
+    if args.ddp_backend is not None and "RANK" not in os.environ:
+        raise InputError("--ddp_backend needs torchrun")
+    if args.deepspeed and not is_deepspeed_available():
+        raise InputError("--deepspeed needs a package that is not there: pip install deepspeed")
+
+
+def check_json(flag: str, value: str | dict | None) -> None:
+    """InputError if a flag that takes JSON has something else, or names no file of it."""
+    if not isinstance(value, str):
+        return
+    if not flag.endswith("_kwargs") and os.path.isfile(value):
+        return
+    try:
+        json.loads(value)
+    except ValueError as error:
+        raise InputError(f"--{flag} {value} is neither JSON nor a file: {error}") from None
+
+
+def check_optimizer(args: TrainingArguments) -> None:
+    """InputError if the optimizer cannot be made, for want of a package or of `optim_args`."""
+    try:
+        transformers.Trainer.get_optimizer_cls_and_kwargs(args)
+    except (ImportError, ValueError) as error:
+        name = args.optim.value
+        raise InputError(f"--optim {name}, --optim_args {args.optim_args}: {error}") from error
+
+
+def check_schedule(args: TrainingArguments) -> None:
+    """InputError if the schedule cannot be made of its `lr_scheduler_kwargs`."""
+    name, options = args.lr_scheduler_type.value, args.lr_scheduler_kwargs
+    optimizer = torch.optim.SGD([torch.zeros(1)])  # stands in for the model's
+    try:
+        transformers.get_scheduler(name, optimizer, 0, 1, options)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"--lr_scheduler_type {name}, its options {options}: {error}") from error
+
+
+def check_loggers(args: TrainingArguments) -> None:
+    """InputError for a logger that transformers does not know, or whose package is missing."""
     installed = get_available_reporting_integrations()
     for name in args.report_to:
         if name not in installed:
-            raise InputError(f"--report_to {name}: its package is not installed")
+            raise InputError(f"--report_to {name}: not installed; loggers that are: {installed}")
 
 
 def check_batches(args: TrainingArguments) -> None:
@@ -267,7 +351,8 @@ def check_batches(args: TrainingArguments) -> None:
         given = getattr(args.accelerator_config, flag)
         if given != value:
             raise InputError(
-                f"--accelerator_config: {flag} {given} is refused: batches are by length already"
+                f"--accelerator_config: {flag} {given} is refused: batches are made already, "
+                "and of one length"
             )
 
 
@@ -316,9 +401,11 @@ def check_above_zero(flag: str, value: float | None) -> None:
         raise InputError(f"--{flag} must be above 0, got {value}")
 
 
-def check_not_empty(flag: str, value: str | None) -> None:
-    if value == "":
-        raise InputError(f"--{flag} is empty: give a path, or leave it out")
+def check_no_empty(args) -> None:
+    """InputError for a flag whose value is "", where that means nothing."""
+    for flag, value in vars(args).items():
+        if value == "" and flag not in MAY_BE_EMPTY:
+            raise InputError(f"--{flag} is empty: give a value, or leave it out")
 
 
 def check_positive(flag: str, value: int) -> None:

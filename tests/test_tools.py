@@ -74,7 +74,7 @@ def test_metric_and_normaliser_can_be_given(tmp_path, capsys, flags, head, rate)
 
 
 def test_results_that_call_for_different_scores_are_left_as_they_are(tmp_path):
-    english = write_results(tmp_path / "english.jsonl", {"txt": "go on", "hyp": "go"})
+    english = write_results(tmp_path / "english.jsonl", {"txt": "and you", "hyp": "you"})
     chinese = write_results(tmp_path / "chinese.jsonl", {"txt": "今天", "hyp": "今"})
     french = write_results(tmp_path / "french.jsonl", {"txt": "l'été", "hyp": "l'ete"})
     before = english.read_text()
@@ -155,6 +155,7 @@ def test_phases_of_a_training_are_one_line_over_all_utterances(tmp_path):
     assert [*gap.lines[1].get_xdata()] == [20, 54]
     assert [*rate.lines[0].get_xdata()] == [40]
     assert rate.lines[0].get_color() == joined.get_color()
+    assert plot.read_run(f"{b}:0").curves["eval_loss"] == [(0, 3)]
     plot.main(["--output", str(tmp_path / "new" / "curves.png"), "--runs", a, b])
     assert (tmp_path / "new" / "curves.png").read_bytes().startswith(b"\x89PNG")
 

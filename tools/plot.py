@@ -66,14 +66,14 @@ def read_run(text: str) -> Run:
     for phase in text.split("+"):
         folder, colon, size = phase.rpartition(":")
         if not colon or not size.isdigit():
-            folder, size = phase, "0"
-        phases.append((Path(folder), int(size)))
+            folder, size = phase, None
+        phases.append((Path(folder), size))
 
     run = Run(" + ".join(folder.name for folder, _ in phases))
     before = 0  # utterances seen in earlier phases
     for folder, size in phases:
         state = read_state(folder / "trainer_state.json")
-        step_size = size or state["train_batch_size"]
+        step_size = state["train_batch_size"] if size is None else int(size)
         for log in state["log_history"]:
             for key in TITLES.keys() & log.keys():
                 seen = before + step_size * log["step"]

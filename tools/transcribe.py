@@ -27,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
-from arguments import check_positive
+from arguments import check_no_empty, check_positive
 from command import InputError, parse_arguments, run_command
 from loading import load
 from machine import end_processes, get_process, has_fast_bf16
@@ -69,6 +69,7 @@ class ModelArguments:
     )
 
     def __post_init__(self):
+        check_no_empty(self)
         check_positive("num_beams", self.num_beams)
         check_positive("batch_size", self.batch_size)
 
