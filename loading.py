@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 import whisper
 from accelerate import PartialState
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -250,8 +250,9 @@ def find_projector(path: str) -> str:
     if os.path.exists(path) or name is None:
         return path
     repository, file = name.group(1), name.group(2) or "model.safetensors"
+    cached = not answers(repository, file)
     try:
-        return hf_hub_download(repository, file)
+        return hf_hub_download(repository, file, local_files_only=cached)
     except LocalEntryNotFoundError:
         reason = "it cannot be reached, and its cache has no such file"
     except (OSError, ValueError) as error:  # the Hub's answer, or what is no name there
@@ -260,6 +261,17 @@ def find_projector(path: str) -> str:
         f"--projector_model_path: no such file: {path}; nor is {file} of {repository} from the "
         f"Hub: {reason}"
     )
+
+
+def answers(repository: str, file: str) -> bool:
+    """Whether the Hub says anything about a file; the download would try for half a minute."""
+    try:
+        get_hf_file_metadata(hf_hub_url(repository, file))
+    except HfHubHTTPError:  # no, or not to you
+        return True
+    except Exception:  # those of the Hub's HTTP library, which changes
+        return False
+    return True
 
 
 def load_whisper(name: str) -> nn.Module:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -165,7 +166,14 @@ def test_without_network_there_is_one_line(projector, offline, monkeypatch):
     with pytest.raises(InputError, match="the Hub did not take user/name: .*hf auth login"):
         upload.main(["--projector_model_path", projector, "--repo_id", "user/name"])
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+    address = "http://127.0.0.1:1"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{address}/x")
+    begin = time.perf_counter()
+    with pytest.raises(InputError) as error:
+        load("user/name")
+    assert str(error.value) == line
+    assert time.perf_counter() - begin < 5
     with pytest.raises(InputError, match="the Hub did not take user/name: .*refused"):
         upload.main(["--projector_model_path", projector, "--repo_id", "user/name"])
 
