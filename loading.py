@@ -27,6 +27,7 @@ from data import IGNORE
 from machine import choose_attention, choose_bf16
 from model import FORMAT, Config, SpeechLLM
 
+# user/name, or user/name/file.safetensors
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+(?<!\.safetensors))(?:/(.+\.safetensors))?")
 
 
@@ -250,9 +251,9 @@ def find_projector(path: str) -> str:
     if os.path.exists(path) or name is None:
         return path
     repository, file = name.group(1), name.group(2) or "model.safetensors"
-    cached = not answers(repository, file)
+    from_cache = not answers(repository, file)
     try:
-        return hf_hub_download(repository, file, local_files_only=cached)
+        return hf_hub_download(repository, file, local_files_only=from_cache)
     except LocalEntryNotFoundError:
         reason = "it cannot be reached, and its cache has no such file"
     except (OSError, ValueError) as error:  # the Hub's answer, or what is no name there

@@ -178,8 +178,8 @@ def write_manifest(rows: list[dict], path: Path) -> None:
         raise InputError(f"cannot write the manifest {path}: {error.strerror}") from error
     hours = sum(row["duration"] for row in rows) / 3600
     speakers = {row["spk"] for row in rows if "spk" in row}
-    known = len(speakers) or "unknown"
-    print(f"{path}: utterances: {len(rows)}, hours: {hours:.2f}, speakers: {known}")
+    count = len(speakers) if speakers else "unknown"
+    print(f"{path}: utterances: {len(rows)}, hours: {hours:.2f}, speakers: {count}")
 
 
 def describe_rejected(rejected: dict[str, list[str]]) -> list[str]:
