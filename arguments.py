@@ -66,7 +66,7 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     projector_model_path: str | None = HfArg(
         default=None,
-        help="A projector to start from, in place of a random one.",
+        help="A projector to start from, also user/name on the Hub.",
     )
     prompt: str | None = HfArg(
         default=None,
@@ -208,7 +208,7 @@ class RecognitionArguments(ScoringArguments):
     """The flags of recognize.py."""
 
     projector_model_path: str = HfArg(
-        help="The model.safetensors that train.py wrote.",
+        help="The model.safetensors that train.py wrote, or user/name on the Hub.",
     )
     data_path: list[str] = HfArg(
         help="JSONL manifests; lines without txt are recognised and not scored.",

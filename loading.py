@@ -1,11 +1,15 @@
 """From names and files to a SpeechLLM."""
 
+import os
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 import whisper
 from accelerate import PartialState
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -22,6 +26,9 @@ from command import InputError
 from data import IGNORE
 from machine import choose_attention, choose_bf16
 from model import FORMAT, Config, SpeechLLM
+
+# user/name, or user/name/file.safetensors
+HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+(?<!\.safetensors))(?:/(.+\.safetensors))?")
 
 
 def build(
@@ -221,10 +228,13 @@ def load(
     bf16: bool = False,
     encoder_cache: str | None = None,
 ) -> SpeechLLM:
-    """The SpeechLLM of a projector file; its models may have moved, and are then given.
+    """The SpeechLLM of a projector, a file or a name on the Hub.
+
+    Its models may have moved, and are then given.
 
     InputError for a file that is no projector, and for models that it was not trained with.
     """
+    path = find_projector(path)
     config = read_config(
         path,
         llm_model_name_or_path=llm_model_name_or_path,
@@ -233,6 +243,36 @@ def load(
     model = build(config, bf16, encoder_cache)
     model.load_projector(path)
     return model
+
+
+def find_projector(path: str) -> str:
+    """The path, or where nothing is there the file of `user/name[/file.safetensors]` on the Hub."""
+    name = HUB_NAME.fullmatch(path)
+    if os.path.exists(path) or name is None:
+        return path
+    repository, file = name.group(1), name.group(2) or "model.safetensors"
+    from_cache = not answers(repository, file)
+    try:
+        return hf_hub_download(repository, file, local_files_only=from_cache)
+    except LocalEntryNotFoundError:
+        reason = "it cannot be reached, and its cache has no such file"
+    except (OSError, ValueError) as error:  # the Hub's answer, or what is no name there
+        reason = " ".join(str(error).split())
+    raise InputError(
+        f"--projector_model_path: no such file: {path}; nor is {file} of {repository} from the "
+        f"Hub: {reason}"
+    )
+
+
+def answers(repository: str, file: str) -> bool:
+    """Whether the Hub says anything about a file; the download would try for half a minute."""
+    try:
+        get_hf_file_metadata(hf_hub_url(repository, file))
+    except HfHubHTTPError:  # no, or not to you
+        return True
+    except Exception:  # those of the Hub's HTTP library, which changes
+        return False
+    return True
 
 
 def load_whisper(name: str) -> nn.Module:
@@ -269,8 +309,10 @@ def set_precision(encoder: nn.Module, dtype: torch.dtype) -> None:
 def read_config(path: str, **given) -> Config:
     """The config in a projector file, with what is `given` and not None in place of what is there.
 
-    InputError where that differs; but a model may have moved: the last part of its path counts.
+    The file may be a name on the Hub. InputError where what is given differs; but a model may have
+    moved: the last part of its path counts.
     """
+    path = find_projector(path)
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

@@ -27,7 +27,7 @@ from checkpoints import (
 )
 from command import InputError, parse_arguments, run_command
 from data import by_length
-from loading import build, read_config
+from loading import build, find_projector, read_config
 from machine import end_processes
 from manifest import Utterance, read_manifest
 from model import Config, SpeechLLM
@@ -109,7 +109,7 @@ def train(args: TrainingArguments, config: Config, checkpoint: str | None) -> No
     transformers.set_seed(args.seed)  # for the projector's first weights
     model = build(config, args.bf16, args.encoder_cache, training=True)
     if args.projector_model_path is not None and checkpoint is None:
-        model.load_projector(args.projector_model_path)
+        model.load_projector(find_projector(args.projector_model_path))
 
     def measure(prediction) -> dict[str, float]:
         metrics = mean_listening_gap(prediction.predictions)

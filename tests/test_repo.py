@@ -12,7 +12,7 @@ from transformers import HfArgumentParser
 
 from arguments import RecognitionArguments, TrainingArguments
 from demo import models, speech
-from tools import prepare, score, serve, transcribe, whisper_baseline
+from tools import prepare, score, serve, transcribe, upload, whisper_baseline
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -122,7 +122,7 @@ def flags(arguments_class):
 
 def test_the_flags_in_readme_are_those_of_the_commands():
     known = {"train": flags(TrainingArguments), "recognize": flags(RecognitionArguments)}
-    for module in (prepare, score, serve, transcribe, whisper_baseline):
+    for module in (prepare, score, serve, transcribe, upload, whisper_baseline):
         known[module.__name__.removeprefix("tools.")] = flags(module.Arguments)
     text = README.replace("\\\n", " ")
     commands = re.findall(r"^(?:python|torchrun) .*?(?:tools\.(\w+)|(\w+)\.py) +(--.*)", text, re.M)

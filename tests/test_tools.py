@@ -1,4 +1,4 @@
-"""The commands in tools/: score, whisper_baseline, prepare, plot."""
+"""The commands in tools/: score, whisper_baseline, plot."""
 
 import json
 from pathlib import Path
@@ -12,8 +12,7 @@ from whisper.audio import N_SAMPLES
 
 import scoring
 from command import InputError
-from manifest import read_manifest
-from tools import plot, prepare, score, whisper_baseline
+from tools import plot, score, whisper_baseline
 
 
 def write_results(path, *results):
@@ -133,64 +132,6 @@ def test_audio_over_30_s_goes_through_whispers_windows():
     assert options.beam_size == 5
     assert whisper_baseline.decode(whisper, audio, "en", 1) == "window by window"
     assert whisper.transcribe.call_args.kwargs["beam_size"] is None
-
-
-def run_prepare(folder, corpus, *flags):
-    """The rows of the manifest, which train.py can read."""
-    out = folder / "out" / "m.jsonl"
-    command = ["--corpus", corpus, "--folder", str(folder), "--manifest", str(out)]
-    prepare.main([*command, *flags])
-    return [x.row for x in read_manifest([str(out)])]
-
-
-def test_a_librispeech_tree_becomes_a_manifest(tmp_path, capsys):
-    chapter = tmp_path / "train" / "19" / "198"
-    first = make_sound(chapter / "19-198-0000.flac")
-    second = make_sound(chapter / "19-198-0001.flac")
-    make_sound(chapter / "19-198-0002.flac")
-    (chapter / "19-198.trans.txt").write_text("19-198-0001 GO ON\n19-198-0000 STOP\nX Y\n")
-    assert run_prepare(tmp_path, "librispeech", "--part", "train") == [
-        {"wav": first, "txt": "stop", "key": "19-198-0000"},
-        {"wav": second, "txt": "go on", "key": "19-198-0001"},
-    ]
-    assert "1 files without text, 1 texts without audio" in capsys.readouterr().out
-
-
-def test_an_aishell_tree_becomes_a_manifest_of_each_part(tmp_path):
-    wav = make_sound(tmp_path / "wav" / "dev" / "S1" / "B1.wav")
-    make_sound(tmp_path / "wav" / "test" / "S2" / "B2.wav")
-    text = tmp_path / "transcript" / "aishell_transcript_v0.8.txt"
-    text.parent.mkdir()
-    text.write_text("B1 广州 市 房地产\nB2 一 个\nB3 无\n", encoding="utf-8")
-    rows = run_prepare(tmp_path, "aishell", "--part", "dev")
-    assert rows == [{"wav": wav, "txt": "广州市房地产", "key": "B1"}]
-
-
-def test_a_kaldi_folder_becomes_a_manifest(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # paths in wav.scp are relative to it
-    wav = make_sound(tmp_path / "a b.wav")
-    (tmp_path / "wav.scp").write_text("u1 a b.wav\nu2 missing.wav\n")
-    (tmp_path / "text").write_text("u1 It's ON\nu2 off\n")
-    rows = run_prepare(tmp_path, "kaldi")
-    assert rows == [{"wav": wav, "txt": "It's ON", "key": "u1"}]
-    [row] = run_prepare(tmp_path, "kaldi", "--lower_case", "True")
-    assert row["txt"] == "it's on"
-
-
-@pytest.mark.parametrize(
-    "flags, reason",
-    [
-        (["kaldi", "--part", "missing"], "no such folder: .*missing"),
-        (["kaldi"], "wav.scp: u1 has a command, not a file"),
-        (["librispeech"], r"no utterance has audio and text \(0 audio files, 0 texts\)"),
-        (["aishell"], "--corpus aishell needs --part"),
-        (["aishell", "--part", "dev"], "cannot read .*aishell_transcript_v0.8.txt"),
-    ],
-)
-def test_what_is_no_such_corpus_is_refused(tmp_path, flags, reason):
-    (tmp_path / "wav.scp").write_text("u1 flac -d a.flac |\n")
-    with pytest.raises(InputError, match=reason):
-        run_prepare(tmp_path, *flags)
 
 
 def write_state(folder, logs, steps):

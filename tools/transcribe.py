@@ -52,7 +52,9 @@ GROUP = 60  # seconds of audio, or one file, that are recognised before their te
 class ModelArguments:
     """The flags of every command that recognises audio which is in no manifest."""
 
-    projector_model_path: str = HfArg(help="The model.safetensors that train.py wrote.")
+    projector_model_path: str = HfArg(
+        help="The model.safetensors that train.py wrote, or user/name on the Hub."
+    )
     num_beams: int = HfArg(default=3, help="Beam width; 1 is greedy.")
     batch_size: int = HfArg(default=8, help="How many pieces of audio are recognised at once.")
     bf16: bool = HfArg(
