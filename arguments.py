@@ -14,6 +14,7 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
 
 from command import InputError
+from ctc import CTC_WEIGHT
 from machine import choose_bf16, choose_workers, has_fast_bf16, may_fork
 from manifest import Utterance
 from scoring import choose_metric
@@ -229,6 +230,10 @@ class RecognitionArguments(ScoringArguments):
         aliases=["--word_timestamps"],
         help="Whether results have the start and end of each word, in seconds, by CTC.",
     )
+    ctc_weight: float = HfArg(
+        default=CTC_WEIGHT,
+        help="How much CTC's log-probability counts beside the LLM's; 0 leaves it out.",
+    )
     max_new_tokens: int | None = HfArg(
         default=None,
         help="Most tokens of a hypothesis; by default as many as its audio allows.",
@@ -259,6 +264,7 @@ class RecognitionArguments(ScoringArguments):
         for beams in self.num_beams:
             check_positive("num_beams", beams)
         check_positive("batch_size", self.batch_size)
+        check_not_negative("ctc_weight", self.ctc_weight)
         check_not_negative("num_workers", self.num_workers)
         if self.max_new_tokens is not None:
             check_positive("max_new_tokens", self.max_new_tokens)

@@ -12,8 +12,12 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import LogitsProcessor
 
 COMMON_TOKENS = 8192  # always among the classes: the first tokens of a vocabulary are the common
+NEAREST = 10  # of the other tokens that are classes in recognition, for each position
+CTC_WEIGHT = 1.0  # of CTC beside the LLM in recognition
+NEVER = -1e6  # log-probability of what cannot be; finite, so that differences are numbers
 
 
 def drop_blanks(audio: list[Tensor], blank: Tensor, threshold: float) -> list[Tensor]:
@@ -117,3 +121,189 @@ def align(
         first = path.index(state)
         spans.append((first, first + path.count(state)))
     return spans
+
+
+class PrefixScores(LogitsProcessor):
+    """Adds CTC's log-probabilities, times `weight`, to the LLM's in each step of a search.
+
+    A hypothesis has the probability that the audio begins with it, whatever follows, and one that
+    ends has that of being all that is said. So what it leaves out or makes up counts at once. From
+    Watanabe et al. 2017, "Hybrid CTC/Attention Architecture for End-to-End Speech Recognition",
+    algorithm 2; the sum over positions is a product of matrices here, for all classes at once.
+
+    Classes are the blank, common tokens, and of the others those that are nearest to a position at
+    which something is said. Nothing else is ever said, and `stop_ids` end. A blank says nothing,
+    and does not follow another.
+    """
+
+    def __init__(
+        self,
+        audio: list[Tensor],
+        heard: list[Tensor],
+        embeddings: nn.Embedding,
+        blank_id: int,
+        stop_ids: set[int],
+        scale: float,
+        num_beams: int,
+        weight: float,
+    ):
+        """Audio (A, D) of each utterance, and `heard`, what `drop_blanks` leaves of it."""
+        device = audio[0].device
+        self.blank_id = blank_id
+        self.stop_ids = send(torch.tensor(sorted(stop_ids)), device)
+        self.num_beams = num_beams
+        self.weight = weight
+        common = range(min(COMMON_TOKENS, embeddings.num_embeddings))
+        always = torch.tensor([*common, blank_id])
+        nearest = find_nearest(torch.cat(heard), embeddings, NEAREST)
+        self.classes = torch.cat([send(always, device), nearest]).unique()  # (P,), sorted
+        self.is_blank = self.classes == blank_id
+
+        rows = embeddings(self.classes)  # (P, D)
+        padded = pad_sequence(audio, batch_first=True)
+        logits = padded.to(rows.dtype) @ rows.T * scale
+        probabilities = logits.float().softmax(-1)
+        # behind its end an utterance goes on in blanks, which cost nothing
+        lengths = send(torch.tensor([len(x) for x in audio]), device)
+        positions = torch.arange(padded.shape[1], device=device)
+        is_behind = positions >= lengths[:, None]
+        silence = self.is_blank.float()
+        self.probabilities = silence.where(is_behind[..., None], probabilities)  # (B, A, P)
+        blanks = log(self.probabilities @ silence)
+        self.blanks = blanks.double().repeat_interleave(num_beams, 0)  # (B * N, A)
+
+        # log-probabilities that an alignment of a hypothesis stands before each position, and at
+        # the end, with a blank as its last step, or with the token that is said last
+        start = self.blanks.cumsum(1)
+        self.in_blank = nn.functional.pad(start, (1, 0))  # (B * N, A + 1)
+        self.in_token = torch.full_like(self.in_blank, NEVER)
+        self.prefix = self.in_blank[:, 0]  # (B * N,), that the audio begins with the hypothesis
+        hypotheses = len(self.prefix)
+        self.said_last = torch.full([hypotheses], blank_id, device=device)  # tokens
+        self.hypotheses = torch.empty([hypotheses, 0], dtype=torch.long, device=device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Hypotheses (B * N, T) and the LLM's scores (B * N, V) of the next -> both's scores."""
+        if input_ids.shape[1] > 0:
+            self.extend(input_ids)
+        both = torch.full_like(scores, -torch.inf)
+        gains = self.weight * self.score_classes(input_ids)
+        both[:, self.classes] = scores[:, self.classes] + gains.to(scores.dtype)
+        gains = self.weight * self.score_end()
+        both[:, self.stop_ids] = scores[:, self.stop_ids] + gains.to(scores.dtype)
+        return both
+
+    def score_classes(self, input_ids: Tensor) -> Tensor:
+        """What each class (B * N, P) as the next token adds to a hypothesis's log-probability."""
+        in_either = torch.logaddexp(self.in_blank, self.in_token)
+        shares = self.share(in_either)
+        of_utterances = shares.unflatten(0, (-1, self.num_beams))  # (B, N, A)
+        said_next = of_utterances @ self.probabilities  # (B, N, P)
+        gains = log(said_next).flatten(0, 1)
+        # to be said twice a token needs a blank between
+        said_again = self.share(self.in_blank) * self.look_up(self.said_last)
+        gains_again = log(said_again.sum(1))
+        classes = self.find(self.said_last)
+        gains.scatter_(1, classes[:, None], gains_again[:, None])
+        # a blank is nothing that is said
+        newest = nn.functional.pad(input_ids, (1, 0), value=-1)[:, -1:]
+        gains_of_blank = torch.where(newest == self.blank_id, NEVER, 0.0)
+        return torch.where(self.is_blank, gains_of_blank, gains)
+
+    def score_end(self) -> Tensor:
+        """What its end adds to a hypothesis's log-probability (B * N, 1)."""
+        in_either = torch.logaddexp(self.in_blank, self.in_token)
+        whole = in_either[:, -1]
+        return (whole - self.prefix)[:, None]
+
+    def extend(self, input_ids: Tensor) -> None:
+        """Go on from the states of the hypotheses before to those of these, with a token more."""
+        parents = self.find_parents(input_ids)
+        in_blank = self.in_blank[parents]
+        in_token = self.in_token[parents]
+        prefix = self.prefix[parents]
+        said_last = self.said_last[parents]
+
+        token = input_ids[:, -1].contiguous()
+        steps = log(self.look_up(token)).double()
+        in_either = torch.logaddexp(in_blank, in_token)
+        is_again = token == said_last
+        before = torch.where(is_again[:, None], in_blank, in_either)[:, :-1]
+        into_token = add_alignments(before, steps)
+        into_blank = add_alignments(into_token[:, :-1], self.blanks)
+        extended = (before + steps).logsumexp(1)
+
+        is_blank = token == self.blank_id
+        self.in_token = torch.where(is_blank[:, None], in_token, into_token)
+        self.in_blank = torch.where(is_blank[:, None], in_blank, into_blank)
+        self.prefix = torch.where(is_blank, prefix, extended)
+        self.said_last = torch.where(is_blank, said_last, token)
+        self.hypotheses = input_ids
+
+    def find_parents(self, input_ids: Tensor) -> Tensor:
+        """Which of the hypotheses before (B * N,) each of these begins with.
+
+        Beams change places within an utterance, and a processor is not told how.
+        """
+        grouped = (-1, self.num_beams)
+        before = self.hypotheses.unflatten(0, grouped)  # (B, N, T)
+        begun = input_ids[:, :-1].unflatten(0, grouped)
+        is_parent = (begun[:, :, None] == before[:, None]).all(-1)  # (B, N, N)
+        beam = is_parent.int().argmax(-1)
+        utterance = torch.arange(len(beam), device=beam.device)
+        first = utterance * self.num_beams
+        return (first[:, None] + beam).flatten()
+
+    def share(self, state: Tensor) -> Tensor:
+        """A state's part of the hypothesis's probability, before each position (B * N, A)."""
+        logarithms = state[:, :-1] - self.prefix[:, None]
+        return logarithms.exp().float()
+
+    def find(self, tokens: Tensor) -> Tensor:
+        """The classes (B * N,) of tokens; any class for those that have none."""
+        classes = torch.searchsorted(self.classes, tokens)
+        return classes.clamp(max=len(self.classes) - 1)
+
+    def look_up(self, tokens: Tensor) -> Tensor:
+        """The probability (B * N, A) of each hypothesis's token at each position."""
+        utterances = torch.arange(len(self.probabilities), device=tokens.device)
+        utterances = utterances.repeat_interleave(self.num_beams)
+        return self.probabilities[utterances, :, self.find(tokens)]
+
+
+def find_nearest(audio: Tensor, embeddings: nn.Embedding, count: int) -> Tensor:
+    """Of the tokens that are not common, the `count` nearest to each position of audio (A, D)."""
+    vocabulary = range(COMMON_TOKENS, embeddings.num_embeddings)
+    if not vocabulary:
+        return torch.empty(0, dtype=torch.long, device=audio.device)
+    values, tokens = [], []
+    # in parts, as the products with all of a large vocabulary would fill gigabytes
+    for start in vocabulary[::COMMON_TOKENS]:
+        part = vocabulary[start - COMMON_TOKENS :][:COMMON_TOKENS]
+        rows = embeddings(send(torch.tensor(part), audio.device))
+        products = audio.to(rows.dtype) @ rows.T
+        best = products.topk(min(count, len(part)))
+        values.append(best.values)
+        tokens.append(best.indices + start)
+    values = torch.cat(values, 1)
+    best = values.topk(min(count, values.shape[1]))
+    return torch.cat(tokens, 1).gather(1, best.indices).flatten()
+
+
+def log(probabilities: Tensor) -> Tensor:
+    """Logarithms; that of 0 is that of the smallest float32, -87."""
+    smallest = torch.finfo(torch.float32).tiny
+    return probabilities.clamp(min=smallest).log()
+
+
+def add_alignments(before: Tensor, steps: Tensor) -> Tensor:
+    """Log-probabilities (N, A + 1) that an alignment stands in a state before each position.
+
+    At each position it comes from elsewhere (`before`, (N, A)) or stands there already, and takes a
+    step (N, A). So x[t + 1] = (x[t] + before[t]) * steps[t], from x[0] = 0 on.
+    """
+    taken = nn.functional.pad(steps.cumsum(1), (1, 0))
+    started = before - taken[:, :-1]
+    state = started.logcumsumexp(1) + taken[:, 1:]
+    state = state.clamp(min=NEVER)
+    return nn.functional.pad(state, (1, 0), value=NEVER)

@@ -19,7 +19,7 @@ from transformers import LogitsProcessor
 
 from cache import Encoder
 from command import InputError
-from ctc import ctc_loss, drop_blanks, send
+from ctc import CTC_WEIGHT, PrefixScores, ctc_loss, drop_blanks, send
 from data import IGNORE, Collator
 from prompt import build_prompt
 
@@ -98,6 +98,12 @@ class SpeechLLM(nn.Module):
             total += embedded.square().mean(1).sum()
         return (total / len(vocabulary)).sqrt().item()
 
+    @property
+    def ctc_scale(self) -> float:
+        """What makes the product of a typical embedding with itself `ctc_sharpness`."""
+        width = self.llm.get_input_embeddings().embedding_dim
+        return self.speech_config.ctc_sharpness / (self.embedding_rms**2 * width)
+
     def encode(self, mel: list[Tensor]) -> list[Tensor]:
         """Log-mels (W, M, F) -> encoder outputs (W * F / 2, C) of each utterance."""
         outputs = [None] * len(mel)
@@ -150,9 +156,7 @@ class SpeechLLM(nn.Module):
         for answer in answers:
             targets.append([i for i in answer if i != self.blank_id and i not in self.stop_ids])
         embeddings = self.llm.get_input_embeddings()
-        typical = self.embedding_rms**2 * embeddings.embedding_dim  # product with itself
-        scale = self.speech_config.ctc_sharpness / typical
-        return ctc_loss(audio, targets, embeddings, self.blank_id, scale, **options)
+        return ctc_loss(audio, targets, embeddings, self.blank_id, self.ctc_scale, **options)
 
     def llm_loss(
         self, audio: list[Tensor], answers: list[list[int]], labels: Tensor, num_items
@@ -216,51 +220,55 @@ class SpeechLLM(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, audio: list[Tensor], num_beams: int, max_new_tokens: int | None = None
+        self,
+        audio: list[Tensor],
+        num_beams: int,
+        max_new_tokens: int | None = None,
+        ctc_weight: float = CTC_WEIGHT,
     ) -> list[list[int]]:
         """Token ids of the best hypothesis for each utterance, of `embed_audio`'s audio.
 
-        A hypothesis has at most as many tokens as the LLM reads positions from the audio on, or
-        `max_new_tokens`, its end included: so loops end.
+        Best is the sum of the LLM's log-probability and `ctc_weight` times CTC's. A hypothesis has
+        at most as many tokens as its audio has positions, or `max_new_tokens`, its end included.
         """
         heard = self.drop_blanks(audio)
-        limits = [len(x) + len(self.after) for x in heard]
+        limits = [len(x) + 1 for x in audio]
         if max_new_tokens is not None:
-            limits = [max_new_tokens] * len(heard)
+            limits = [max_new_tokens] * len(audio)
+        processors = [EndAtLimit(limits, num_beams, self.end_id, audio[0].device)]
+        if ctc_weight > 0:
+            processors.insert(0, self.score_by_ctc(audio, heard, num_beams, ctc_weight))
         # by probability; the usual mean of a token's rewards loops
-        ranking = {"length_penalty": 0.0, "output_scores": True} if num_beams > 1 else {}
-        output = self.llm.generate(
+        ranking = {"length_penalty": 0.0} if num_beams > 1 else {}
+        rows = self.llm.generate(
             **self.build_inputs(heard, [[]] * len(heard)),
             **ranking,
             num_beams=num_beams,
-            num_return_sequences=num_beams,
             max_new_tokens=max(limits),
-            logits_processor=[EndAtLimit(limits, num_beams, self.end_id, audio[0].device)],
+            logits_processor=processors,
             pad_token_id=self.end_id,
-            return_dict_in_generate=True,
         )
-        hypotheses = output.sequences.unflatten(0, (-1, num_beams))  # (B, N, T)
-        best = hypotheses[:, 0]
-        if num_beams > 1:
-            scores = output.sequences_scores.view(-1, num_beams)
-            best = self.choose(audio, hypotheses, scores)
         answers = []
-        for row, positions in zip(best.tolist(), heard):
+        for row, positions in zip(rows.tolist(), heard):
             answer = [i for i in row if i not in self.stop_ids]
             # an LLM that is shown no audio makes something up
             answers.append(answer if len(positions) else [])
         return answers
 
-    def choose(self, audio: list[Tensor], hypotheses: Tensor, llm_scores: Tensor) -> Tensor:
-        """Of each beam (B, N, T) the hypothesis (B, T) that is best for the LLM and CTC together.
-
-        An LLM likes to leave out words, and CTC misses each.
-        """
-        best = []
-        for speech, beam, scores in zip(audio, hypotheses, llm_scores):
-            losses = self.ctc_loss([speech], beam.tolist())
-            best.append(beam[(scores - losses).argmax()])
-        return torch.stack(best)
+    def score_by_ctc(
+        self, audio: list[Tensor], heard: list[Tensor], num_beams: int, weight: float
+    ) -> PrefixScores:
+        embeddings = self.llm.get_input_embeddings()
+        return PrefixScores(
+            audio,
+            heard,
+            embeddings,
+            self.blank_id,
+            self.stop_ids,
+            self.ctc_scale,
+            num_beams,
+            weight,
+        )
 
     def collator(self, model_max_length: int | None = None) -> Collator:
         """The collator for this model, which allows no more positions than flag and LLM do."""

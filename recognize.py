@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 import scoring
 from arguments import RecognitionArguments
 from command import InputError, parse_arguments, run_command
+from ctc import CTC_WEIGHT
 from loading import load
 from machine import end_processes, get_process, may_fork
 from manifest import Utterance, read_manifest
@@ -34,6 +35,7 @@ def recognize(
     num_beams: list[int],
     batch_size: int = 8,
     max_new_tokens: int | None = None,
+    ctc_weight: float = CTC_WEIGHT,
     num_workers: int = 2,
     word_times: bool = False,
     progress: bool = True,
@@ -64,7 +66,7 @@ def recognize(
         texts, seconds = [], {}
         for beams in num_beams:
             begin = time.perf_counter()
-            ids = model.generate(audio, beams, max_new_tokens)
+            ids = model.generate(audio, beams, max_new_tokens, ctc_weight)
             decoded = model.tokenizer.batch_decode(ids, skip_special_tokens=True)
             words = [[]] * len(decoded)
             if word_times:
@@ -133,8 +135,14 @@ def main(argv: list[str] | None = None) -> None:
     model = model.to(state.device).eval()
 
     total = Counter()
-    options = (args.num_beams, args.batch_size, args.max_new_tokens, args.num_workers)
-    for done, seconds in recognize(model, utterances, *options, word_times=args.word_times):
+    options = {
+        "batch_size": args.batch_size,
+        "max_new_tokens": args.max_new_tokens,
+        "ctc_weight": args.ctc_weight,
+        "num_workers": args.num_workers,
+        "word_times": args.word_times,
+    }
+    for done, seconds in recognize(model, utterances, args.num_beams, **options):
         total.update(seconds)
         if state.is_main_process:
             for beams, part in parts.items():

@@ -1,6 +1,8 @@
 """CTC against alignments that are written out."""
 
+from collections import Counter
 from itertools import product
+from math import log
 
 import pytest
 import torch
@@ -105,6 +107,77 @@ def test_of_a_large_vocabulary_common_tokens_the_blank_and_the_targets_count(mon
     small.weight.data = make_embeddings(50).weight[classes]
     alone = ctc.ctc_loss([audio], [[2, 11]], small, blank_id=0, scale=1.0)
     assert torch.allclose(few, alone, rtol=1e-5)
+
+
+def sum_prefix(alignments: dict, prefix: list[int]) -> float:
+    """The probability that what is said begins with the prefix."""
+    total = 0.0
+    for said, probability in alignments.items():
+        if list(said[: len(prefix)]) == prefix:
+            total += probability
+    return total
+
+
+def sum_texts(audio, embeddings) -> dict[tuple, float]:
+    """The probability of each text: that of all of its alignments."""
+    probabilities = (audio @ embeddings.weight.T).double().softmax(-1)
+    texts = Counter()
+    for alignment in product(range(len(embeddings.weight)), repeat=len(audio)):
+        steps = probabilities[range(len(alignment)), list(alignment)]
+        texts[tuple(collapse(alignment))] += steps.prod().item()
+    return texts
+
+
+def make_scores(audio, embeddings, num_beams=1, weight=1.0, stop_ids=(3,)):
+    options = {"scale": 1.0, "num_beams": num_beams, "weight": weight}
+    return ctc.PrefixScores(audio, audio, embeddings, BLANK, set(stop_ids), **options)
+
+
+def test_scores_of_a_search_are_sums_over_all_alignments():
+    embeddings = make_embeddings(4)
+    audio = [make_audio(5).detach(), make_audio(3).detach()]
+    texts = [sum_texts(x, embeddings) for x in audio]
+    # two beams of two utterances; the last step of each comes from the other beam of the one before
+    steps = [
+        [[1], [2], [2], [1]],
+        [[1, 1], [2, 1], [2, 1], [1, 0]],
+        [[2, 1, 2], [1, 1, 2], [1, 0, 1], [2, 1, 2]],
+    ]
+    scores = make_scores(audio, embeddings, num_beams=2, weight=0.5)
+    scores(torch.empty(4, 0, dtype=torch.long), torch.zeros(4, 4))
+    for hypotheses in steps:
+        of_llm = torch.randn(4, 4)
+        both = scores(torch.tensor(hypotheses), of_llm)
+        for i, hypothesis in enumerate(hypotheses):
+            said = [token for token in hypothesis if token != BLANK]
+            before = sum_prefix(texts[i // 2], said)
+            wanted = {3: texts[i // 2][tuple(said)] / before}  # the end
+            for token in (1, 2):
+                wanted[token] = sum_prefix(texts[i // 2], [*said, token]) / before
+            for token, share in wanted.items():
+                added = both[i, token] - of_llm[i, token]
+                if share == 0:
+                    assert added < -40  # more tokens than positions
+                else:
+                    assert abs(added - 0.5 * log(share)) < 1e-5
+            # a blank adds nothing, but not for a second time
+            added = both[i, BLANK] - of_llm[i, BLANK]
+            if hypothesis[-1] == BLANK:
+                assert added < -1e5
+            else:
+                assert added == 0
+
+
+def test_of_other_tokens_those_that_are_near_to_the_audio_can_be_said(monkeypatch):
+    monkeypatch.setattr(ctc, "COMMON_TOKENS", 10)
+    monkeypatch.setattr(ctc, "NEAREST", 2)
+    embeddings = make_embeddings(35)
+    audio = make_audio(3).detach()
+    both = make_scores([audio], embeddings)(torch.empty(1, 0, dtype=torch.long), torch.zeros(1, 35))
+    products = audio @ embeddings.weight[10:].T
+    nearest = products.topk(2).indices.flatten() + 10
+    [can_be_said] = both.isfinite().nonzero(as_tuple=True)[1:]
+    assert set(can_be_said.tolist()) == {*range(10), *nearest.tolist()}
 
 
 def test_positions_near_the_blank_are_dropped_whatever_their_length():

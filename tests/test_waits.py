@@ -64,7 +64,7 @@ def count_waits(paths, utterances, step, **options) -> Counter:
         (train, CTC_ALONE, 0),
         (evaluate, {}, 2),  # of the loss, and of that with the audio of others
         (start_decoding, {}, 1),
-        (decode, {"num_beams": 1, "max_new_tokens": 3}, 2),  # blanks, and the hypotheses
+        (decode, {"num_beams": 1, "max_new_tokens": 3}, 3),  # blanks, classes, hypotheses
     ],
 )
 def test_a_step_waits_as_often_for_six_utterances_as_for_two(
