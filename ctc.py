@@ -16,7 +16,7 @@ from transformers import LogitsProcessor
 
 COMMON_TOKENS = 8192  # always among the classes: the first tokens of a vocabulary are the common
 NEAREST = 10  # of the other tokens that are classes in recognition, for each position
-CTC_WEIGHT = 1.0  # of CTC beside the LLM in recognition
+CTC_WEIGHT = 3.0  # of CTC beside the LLM in recognition
 NEVER = -1e6  # log-probability of what cannot be; finite, so that differences are numbers
 
 

@@ -229,15 +229,18 @@ class SpeechLLM(nn.Module):
         """Token ids of the best hypothesis for each utterance, of `embed_audio`'s audio.
 
         Best is the sum of the LLM's log-probability and `ctc_weight` times CTC's. A hypothesis has
-        at most as many tokens as its audio has positions, or `max_new_tokens`, its end included.
+        at most as many tokens as the LLM reads positions from the audio on, with CTC as many as the
+        audio has, or `max_new_tokens`, its end included: so loops end.
         """
         heard = self.drop_blanks(audio)
-        limits = [len(x) + 1 for x in audio]
+        limits = [len(x) + len(self.after) for x in heard]
+        processors = []
+        if ctc_weight > 0:
+            limits = [len(x) + 1 for x in audio]
+            processors.append(self.score_by_ctc(audio, heard, num_beams, ctc_weight))
         if max_new_tokens is not None:
             limits = [max_new_tokens] * len(audio)
-        processors = [EndAtLimit(limits, num_beams, self.end_id, audio[0].device)]
-        if ctc_weight > 0:
-            processors.insert(0, self.score_by_ctc(audio, heard, num_beams, ctc_weight))
+        processors.append(EndAtLimit(limits, num_beams, self.end_id, audio[0].device))
         # by probability; the usual mean of a token's rewards loops
         ranking = {"length_penalty": 0.0} if num_beams > 1 else {}
         rows = self.llm.generate(

@@ -327,11 +327,13 @@ def test_under_bfloat16_the_projector_stays_float32(model, utterances, autocast)
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_hypotheses_end_with_their_audio_or_where_they_are_told_to(model, utterances, num_beams):
     audio, _ = embed(model, utterances)
-    limits = [len(x) + 1 for x in audio]
+    limits = [len(x) + len(model.after) for x in model.drop_blanks(audio)]
     assert len(set(limits)) > 2
     model.llm.generation_config.eos_token_id = None  # nothing else ends them
     ids = model.generate(audio, num_beams, ctc_weight=0)
     assert lengths_of(ids) == [limit - 1 for limit in limits]
+    ids = model.generate(audio, num_beams, ctc_weight=1)
+    assert lengths_of(ids) == [len(x) for x in audio]
     for most in (2, max(limits) + 1):  # what is asked for counts alone
         ids = model.generate(audio, num_beams, max_new_tokens=most, ctc_weight=0)
         assert lengths_of(ids) == [most - 1] * len(audio)
