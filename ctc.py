@@ -11,6 +11,7 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor
 
@@ -29,7 +30,8 @@ def drop_blanks(audio: list[Tensor], blank: Tensor, threshold: float) -> list[Te
     similarity = nn.functional.cosine_similarity(joined, blank, dim=-1)
     kept = (similarity < threshold).cpu()  # waits for the device, and once for all utterances
     lengths = [len(x) for x in audio]
-    counts = [int(part.sum()) for part in kept.split(lengths)]
+    parts = kept.split(lengths)
+    counts = [int(part.sum()) for part in parts]
     indices = send(kept.nonzero()[:, 0], joined.device)
     return list(joined[indices].split(counts))
 
@@ -60,7 +62,8 @@ def ctc_loss(
     rows = embeddings(send(classes, device))  # (P, D)
     padded = pad_sequence(audio, batch_first=True)
     logits = padded.to(rows.dtype) @ rows.T * scale  # (B, A, P)
-    log_probs = logits.float().log_softmax(-1).transpose(0, 1)
+    log_probs = logits.float().log_softmax(-1)
+    log_probs = log_probs.transpose(0, 1)  # (A, B, P), as CTCLoss wants it
     log_probs = log_probs.expand(-1, len(targets), -1)
 
     lengths = [len(x) for x in audio]
@@ -94,7 +97,8 @@ def align(
     logits = logits.float().cpu()[:, columns]  # (A, states)
     # the blank may be left out between two tokens that differ
     may_skip = torch.zeros(states, dtype=torch.bool)
-    may_skip[3::2] = tokens[2:] != tokens[1:-1]
+    other = tokens[2:] != tokens[1:-1]
+    may_skip[3::2] = other
 
     best = torch.full([2 + states], -torch.inf)  # two more, so that each state has two before it
     best[2:4] = logits[0, :2]
@@ -156,7 +160,8 @@ class PrefixScores(LogitsProcessor):
         common = range(min(COMMON_TOKENS, embeddings.num_embeddings))
         always = torch.tensor([*common, blank_id])
         nearest = find_nearest(torch.cat(heard), embeddings, NEAREST)
-        self.classes = torch.cat([send(always, device), nearest]).unique()  # (P,), sorted
+        classes = torch.cat([send(always, device), nearest])
+        self.classes = classes.unique()  # (P,), sorted
         self.is_blank = self.classes == blank_id
 
         rows = embeddings(self.classes)  # (P, D)
@@ -164,9 +169,9 @@ class PrefixScores(LogitsProcessor):
         logits = padded.to(rows.dtype) @ rows.T * scale
         probabilities = logits.float().softmax(-1)
         # behind its end an utterance goes on in blanks, which cost nothing
-        lengths = send(torch.tensor([len(x) for x in audio]), device)
-        positions = torch.arange(padded.shape[1], device=device)
-        is_behind = positions >= lengths[:, None]
+        lengths = torch.tensor([len(x) for x in audio])
+        positions = torch.arange(padded.shape[1])
+        is_behind = send(positions >= lengths[:, None], device)
         silence = self.is_blank.float()
         self.probabilities = silence.where(is_behind[..., None], probabilities)  # (B, A, P)
         blanks = log(self.probabilities @ silence)
@@ -175,22 +180,25 @@ class PrefixScores(LogitsProcessor):
         # log-probabilities that an alignment of a hypothesis stands before each position, and at
         # the end, with a blank as its last step, or with the token that is said last
         start = self.blanks.cumsum(1)
-        self.in_blank = nn.functional.pad(start, (1, 0))  # (B * N, A + 1)
+        self.in_blank = pad(start, (1, 0))  # (B * N, A + 1)
         self.in_token = torch.full_like(self.in_blank, NEVER)
         self.prefix = self.in_blank[:, 0]  # (B * N,), that the audio begins with the hypothesis
         hypotheses = len(self.prefix)
         self.said_last = torch.full([hypotheses], blank_id, device=device)  # tokens
-        self.hypotheses = torch.empty([hypotheses, 0], dtype=torch.long, device=device)
+        self.hypotheses = self.said_last[:, None][:, :0]  # none has a token yet
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Hypotheses (B * N, T) and the LLM's scores (B * N, V) of the next -> both's scores."""
         if input_ids.shape[1] > 0:
             self.extend(input_ids)
         both = torch.full_like(scores, -torch.inf)
-        gains = self.weight * self.score_classes(input_ids)
-        both[:, self.classes] = scores[:, self.classes] + gains.to(scores.dtype)
-        gains = self.weight * self.score_end()
-        both[:, self.stop_ids] = scores[:, self.stop_ids] + gains.to(scores.dtype)
+        parts = [
+            (self.classes, self.score_classes(input_ids)),
+            (self.stop_ids, self.score_end()),
+        ]
+        for tokens, gains in parts:
+            weighted = self.weight * gains.to(scores.dtype)
+            both[:, tokens] = scores[:, tokens] + weighted
         return both
 
     def score_classes(self, input_ids: Tensor) -> Tensor:
@@ -203,10 +211,11 @@ class PrefixScores(LogitsProcessor):
         # to be said twice a token needs a blank between
         said_again = self.share(self.in_blank) * self.look_up(self.said_last)
         gains_again = log(said_again.sum(1))
-        classes = self.find(self.said_last)
-        gains.scatter_(1, classes[:, None], gains_again[:, None])
+        classes = self.find(self.said_last)[:, None]
+        gains.scatter_(1, classes, gains_again[:, None])
         # a blank is nothing that is said
-        newest = nn.functional.pad(input_ids, (1, 0), value=-1)[:, -1:]
+        begun = pad(input_ids, (1, 0), value=-1)
+        newest = begun[:, -1:]
         gains_of_blank = torch.where(newest == self.blank_id, NEVER, 0.0)
         return torch.where(self.is_blank, gains_of_blank, gains)
 
@@ -228,16 +237,18 @@ class PrefixScores(LogitsProcessor):
         steps = log(self.look_up(token)).double()
         in_either = torch.logaddexp(in_blank, in_token)
         is_again = token == said_last
-        before = torch.where(is_again[:, None], in_blank, in_either)[:, :-1]
+        before = torch.where(is_again[:, None], in_blank, in_either)
+        before = before[:, :-1]
         into_token = add_alignments(before, steps)
         into_blank = add_alignments(into_token[:, :-1], self.blanks)
         extended = (before + steps).logsumexp(1)
 
         is_blank = token == self.blank_id
-        self.in_token = torch.where(is_blank[:, None], in_token, into_token)
-        self.in_blank = torch.where(is_blank[:, None], in_blank, into_blank)
         self.prefix = torch.where(is_blank, prefix, extended)
         self.said_last = torch.where(is_blank, said_last, token)
+        is_blank = is_blank[:, None]
+        self.in_token = torch.where(is_blank, in_token, into_token)
+        self.in_blank = torch.where(is_blank, in_blank, into_blank)
         self.hypotheses = input_ids
 
     def find_parents(self, input_ids: Tensor) -> Tensor:
@@ -248,7 +259,8 @@ class PrefixScores(LogitsProcessor):
         grouped = (-1, self.num_beams)
         before = self.hypotheses.unflatten(0, grouped)  # (B, N, T)
         begun = input_ids[:, :-1].unflatten(0, grouped)
-        is_parent = (begun[:, :, None] == before[:, None]).all(-1)  # (B, N, N)
+        is_same = begun[:, :, None] == before[:, None]
+        is_parent = is_same.all(-1)  # (B, N, N)
         beam = is_parent.int().argmax(-1)
         utterance = torch.arange(len(beam), device=beam.device)
         first = utterance * self.num_beams
@@ -266,7 +278,8 @@ class PrefixScores(LogitsProcessor):
 
     def look_up(self, tokens: Tensor) -> Tensor:
         """The probability (B * N, A) of each hypothesis's token at each position."""
-        utterances = torch.arange(len(self.probabilities), device=tokens.device)
+        count = len(self.probabilities)
+        utterances = torch.arange(count, device=tokens.device)
         utterances = utterances.repeat_interleave(self.num_beams)
         return self.probabilities[utterances, :, self.find(tokens)]
 
@@ -286,8 +299,9 @@ def find_nearest(audio: Tensor, embeddings: nn.Embedding, count: int) -> Tensor:
         values.append(best.values)
         tokens.append(best.indices + start)
     values = torch.cat(values, 1)
+    tokens = torch.cat(tokens, 1)
     best = values.topk(min(count, values.shape[1]))
-    return torch.cat(tokens, 1).gather(1, best.indices).flatten()
+    return tokens.gather(1, best.indices).flatten()
 
 
 def log(probabilities: Tensor) -> Tensor:
@@ -302,8 +316,8 @@ def add_alignments(before: Tensor, steps: Tensor) -> Tensor:
     At each position it comes from elsewhere (`before`, (N, A)) or stands there already, and takes a
     step (N, A). So x[t + 1] = (x[t] + before[t]) * steps[t], from x[0] = 0 on.
     """
-    taken = nn.functional.pad(steps.cumsum(1), (1, 0))
+    taken = pad(steps.cumsum(1), (1, 0))
     started = before - taken[:, :-1]
     state = started.logcumsumexp(1) + taken[:, 1:]
     state = state.clamp(min=NEVER)
-    return nn.functional.pad(state, (1, 0), value=NEVER)
+    return pad(state, (1, 0), value=NEVER)

@@ -306,13 +306,13 @@ def set_precision(encoder: nn.Module, dtype: torch.dtype) -> None:
             layer.to(dtype)
 
 
-def read_config(path: str, **given) -> Config:
+def read_config(path: str | Path, **given) -> Config:
     """The config in a projector file, with what is `given` and not None in place of what is there.
 
     The file may be a name on the Hub. InputError where what is given differs; but a model may have
     moved: the last part of its path counts.
     """
-    path = find_projector(path)
+    path = find_projector(str(path))
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

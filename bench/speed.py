@@ -1,7 +1,7 @@
 """Time this code against the data flow of the published recipe, on the same models and speech.
 
     python -m bench.speed --projector_model_path exp/model.safetensors --data_path train.jsonl \
-        [--parts training decoding growth]
+        [--parts training decoding growth decoding_growth]
 
 Both flows (bench/reference.py has the published one) have the same weights, precision and
 optimizer, and read their audio between steps. Each lives in a process of its own, so that its
@@ -157,6 +157,24 @@ class Flow:
         self.step([batch], ctc_weight=0.3)  # memory warms up
         return self.step([batch] * 3, ctc_weight=0.3)
 
+    @torch.inference_mode()
+    def grow_decoding(self, seconds: int, num_beams: int) -> dict:
+        """A batch of the manifest's speech, joined and cut to so many seconds."""
+        self.model.eval()
+        wanted = seconds * SAMPLE_RATE
+        speech = []
+        while sum(map(len, speech)) < wanted:
+            speech.append(self.utterances[len(speech) % len(self.utterances)].load())
+        samples = np.concatenate(speech)[:wanted]
+        batch = [Utterance("joined", seconds, "", samples=samples)] * self.args.batch_size
+        inputs = send_to_device(self.collate(batch), self.device)
+        start = time.perf_counter()
+        audio = self.model.embed_audio(inputs["mel"], inputs["lengths"])
+        self.llm_calls.clear()
+        self.model.generate(audio, num_beams)
+        seconds_taken = time.perf_counter() - start
+        return {"seconds": seconds_taken, "utterances": len(batch), "tokens": len(self.llm_calls)}
+
     def limit(self) -> dict:
         """The limit in the flows' precision."""
         size = 2048 if self.device.type == "cpu" else 8192
@@ -270,7 +288,27 @@ def measure_growth(args: Arguments, reference: FlowProcess, ours: FlowProcess) -
     return format_table(table)
 
 
-PARTS = {"training": measure_training, "decoding": measure_decoding, "growth": measure_growth}
+def measure_decoding_growth(args: Arguments, reference: FlowProcess, ours: FlowProcess) -> str:
+    """A table of ours over the length of utterances and the width of the beam."""
+    table = []
+    for seconds in tqdm((2, 5, 10, 20, 30), "decoding growth"):
+        row = {"seconds of audio": seconds}
+        for beams in (1, 4, 10):
+            result = ours("grow_decoding", seconds=seconds, num_beams=beams)
+            taken, _, peak = summarise([result])
+            factor = taken / seconds / result["utterances"]
+            row["tokens"] = result["tokens"]
+            row[f"RTF, memory at beam {beams}"] = f"{factor:.3f}, {peak}"
+        table.append(row)
+    return format_table(table)
+
+
+PARTS = {
+    "training": measure_training,
+    "decoding": measure_decoding,
+    "growth": measure_growth,
+    "decoding_growth": measure_decoding_growth,
+}
 
 
 def main(argv: list[str] | None = None) -> None:

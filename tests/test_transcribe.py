@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -145,14 +146,14 @@ def test_jsonl_has_the_times_of_pieces_and_words(run, model, tmp_path):
 
 
 def test_subtitles_go_to_a_folder_with_a_file_for_each(run, tmp_path):
-    files = [make_sound(tmp_path / "a.wav"), make_sound(tmp_path / "b.wav", 900)]
+    files = [make_sound(tmp_path / name, 900, 1) for name in ("a.wav", "b.wav")]
     out = tmp_path / "new" / "out"
     assert run("--output", "srt", "--output_dir", out, "--wav", *files) == ""
     assert {path.name for path in out.iterdir()} == {"a.srt", "b.srt"}
-    assert (out / "a.srt").read_text().startswith("1\n00:00:00,000 --> 00:00:00,100\n")
-    assert run("--output", "vtt", "--wav", files[0]).startswith(
-        "WEBVTT\n\n00:00:00.000 --> 00:00:00.100\n"
-    )
+    cue = r"00:00:00{0}\d\d\d --> 00:00:0[01]{0}\d\d\d\n\S"
+    assert re.match("1\n" + cue.format(","), (out / "a.srt").read_text())
+    printed = run("--output", "vtt", "--wav", files[0])
+    assert re.match("WEBVTT\n\n" + cue.format("[.]"), printed)
 
 
 def make_words(*times, **options):
