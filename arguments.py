@@ -11,7 +11,6 @@ import torch
 import transformers
 from accelerate.utils import is_deepspeed_available
 from transformers.hf_argparser import HfArg
-from transformers.integrations import get_available_reporting_integrations
 
 from command import InputError
 from ctc import CTC_WEIGHT
@@ -345,6 +344,8 @@ def check_schedule(args: TrainingArguments) -> None:
 
 def check_loggers(args: TrainingArguments) -> None:
     """InputError for a logger that transformers does not know, or whose package is missing."""
+    from transformers.integrations import get_available_reporting_integrations  # takes a second
+
     installed = get_available_reporting_integrations()
     for name in args.report_to:
         if name not in installed:

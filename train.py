@@ -8,12 +8,10 @@ goes on from the newest checkpoint in `output_dir`.
 """
 
 import warnings
-from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
 import transformers
-from accelerate.utils import GatheredParameters
 
 import scoring
 from arguments import TrainingArguments, check_drop_last, check_evaluation
@@ -23,7 +21,6 @@ from checkpoints import (
     find_checkpoint,
     go_on,
     start_deepspeed,
-    write_arguments,
 )
 from command import InputError, parse_arguments, run_command
 from data import by_length
@@ -32,45 +29,6 @@ from machine import end_processes
 from manifest import Utterance, read_manifest
 from model import Config, SpeechLLM
 from recognize import make_result, recognize
-
-
-class ProjectorTrainer(transformers.Trainer):
-    """The Trainer with the CTC loss, both losses in its log, and checkpoints of the projector."""
-
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        self.arguments = {}  # the flags, to save them beside the weights
-        # this process's llm_loss and ctc_loss, each by step, since the last log
-        self.losses: dict[str, Counter] = defaultdict(Counter)
-
-    def compute_loss(self, model, inputs, return_outputs=False, **options):
-        if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, **options)
-        step = self.state.global_step
-        weight = self.args.ctc_weight
-        ctc_only = weight > 0 and step < self.args.ctc_first * self.state.max_steps
-        inputs = {**inputs, "ctc_weight": weight, "ctc_only": ctc_only}
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **options)
-        for name in ("llm_loss", "ctc_loss"):
-            if name in outputs:
-                self.losses[name][step] += outputs[name].detach()
-        return (loss, outputs) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            for name, by_step in self.losses.items():
-                total = self.accelerator.reduce(sum(by_step.values()), "sum")
-                logs[name] = total.item() / len(by_step)
-            self.losses.clear()
-        super().log(logs, start_time)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        # gathers ZeRO-3's shards, for which all processes are needed
-        with GatheredParameters([*self.model.projector.parameters()]):
-            if self.args.should_save:
-                self.model.save_projector(folder / "model.safetensors")
-                write_arguments(self.arguments, folder)
 
 
 def make_config(args: TrainingArguments, checkpoint: str | None = None) -> Config:
@@ -117,6 +75,8 @@ def train(args: TrainingArguments, config: Config, checkpoint: str | None) -> No
             recognised = eval_rows[: args.eval_hypotheses]
             metrics |= recognise_and_score(model, recognised, args)
         return metrics
+
+    from trainer import ProjectorTrainer  # its import takes a second, which --help need not wait
 
     trainer = ProjectorTrainer(
         model=model,

@@ -51,7 +51,7 @@ from manifest import Utterance
 from model import Config, SpeechLLM
 from scoring import format_table
 from tests import tiny
-from train import ProjectorTrainer
+from trainer import ProjectorTrainer
 
 WARM_UP = 10  # steps that are not timed
 CTC_AND_LLM = {"ctc_weight": 0.3}
