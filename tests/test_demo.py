@@ -1,6 +1,7 @@
 """The demo: what is stopped goes on, what is there is kept, and what it ships is whole."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -149,3 +150,30 @@ def test_the_demo_refuses_an_argument_that_it_does_not_know():
     assert process.returncode == 2
     wanted = "wanted is --from-scratch, --llm qwen2.5-0.5b, or nothing"
     assert process.stderr.endswith(f"unknown arguments --scratch: {wanted}\n")
+
+
+def run_demo(folder, *arguments):
+    """The commands that demo/run.sh gives Python, which is not there to take them."""
+    python = folder / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    folders = "demo/exp/trained demo/exp/qwen2.5-0.5b"
+    python.write_text(f'#!/bin/sh\necho "$@" >> calls.txt\nmkdir -p {folders}\n')
+    python.chmod(0o755)
+    (folder / "demo").mkdir()
+    (folder / "demo" / "environment.sh").touch()
+    script = shutil.copy(ROOT / "demo" / "run.sh", folder / "demo")
+    subprocess.run(["bash", script, *arguments], check=True, capture_output=True)
+    return (folder / "calls.txt").read_text()
+
+
+def test_the_demo_fetches_another_llm_only_where_it_is_asked_for(tmp_path):
+    calls = run_demo(tmp_path / "plain")
+    assert "qwen" not in calls.lower()
+    assert "demo/models/SmolLM2-135M-Instruct --whisper" in calls
+    calls = run_demo(tmp_path / "qwen", "--llm", "qwen2.5-0.5b")
+    assert "models.py demo/models smollm2 base qwen2.5-0.5b\n" in calls
+    made = models.MODELS["qwen2.5-0.5b"][2]
+    [training] = [call for call in calls.splitlines() if call.startswith("train.py")]
+    assert f"--llm_model_name_or_path demo/models/{made} " in training
+    assert "--output_dir demo/exp/qwen2.5-0.5b " in training
+    assert "--projector_model_path" not in training
