@@ -31,7 +31,7 @@ case "$*" in
         llm=Qwen2.5-0.5B-Instruct
         models+=(qwen2.5-0.5b) models_take="721 MB, 3 minutes"
         trained=demo/exp/qwen2.5-0.5b
-        training="training a projector from nothing for Qwen2.5 0.5B: about 15 minutes; without AVX-512 45"
+        training="training a projector for Qwen2.5 from nothing: about 15 minutes; without AVX-512 45"
         start=("${from_scratch[@]}")
         ;;
     *)
