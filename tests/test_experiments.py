@@ -128,6 +128,20 @@ def test_transcripts_become_lower_case_words_and_some_are_left_out(tmp_path):
     assert [row["txt"] for row in read_lines(out)] == [texts[0], texts[3]]
 
 
+def test_transcripts_with_case_and_punctuation_are_kept_as_they_are_published(tmp_path):
+    manifest = tiny.make_manifest(tmp_path, ["go on", "up", "Left, right.", "on"])
+    raw = ["Go on!", "UP", None, "on."]
+    rows = read_lines(manifest)
+    for row, text in zip(rows, raw):
+        if text:
+            row["raw"] = text
+    manifest.write_text("\n".join(map(json.dumps, rows)))
+    out = tmp_path / "out.jsonl"
+    command = ["select", "--data_path", str(manifest), "--output_path", str(out)]
+    augment.main([*command, "--text_key", "raw", "--lower", "False", "--cased", "True"])
+    assert [row["txt"] for row in read_lines(out)] == ["Go on!", "Left, right."]
+
+
 def test_copies_are_faster_and_slower(paths, tmp_path):
     command = ["speed", "--data_path", paths.manifest, "--output_dir", str(tmp_path)]
     augment.main([*command, "--factors", "0.8", "1.25"])

@@ -12,6 +12,7 @@ from whisper.audio import N_SAMPLES
 
 import scoring
 from command import InputError
+from manifest import read_manifest
 from tools import plot, score, whisper_baseline
 
 
@@ -104,7 +105,7 @@ def test_what_is_no_result_is_refused_by_file_and_line(tmp_path, key, value, wan
 
 
 def test_whisper_decodes_the_same_manifest_beside_ours(paths, tmp_path, monkeypatch, capsys):
-    decode = Mock(return_value="go")
+    decode = Mock(return_value=("go", 0.0))
     monkeypatch.setattr(whisper_baseline, "decode", decode)
     ours = write_results(tmp_path / "ours.jsonl", {"txt": "go", "hyp": "go"})
     out = tmp_path / "new" / "whisper.jsonl"
@@ -123,15 +124,51 @@ def test_whisper_decodes_the_same_manifest_beside_ours(paths, tmp_path, monkeypa
 
 def test_audio_over_30_s_goes_through_whispers_windows():
     whisper = Mock(device=torch.device("cpu"), dims=Mock(n_mels=80))
-    whisper.decode.return_value.text = " short "
-    whisper.transcribe.return_value = {"text": " window by window"}
+    whisper.decode.return_value = Mock(text=" short ", no_speech_prob=0.1)
+    segments = [{"no_speech_prob": 0.9}, {"no_speech_prob": 0.2}]
+    whisper.transcribe.return_value = {"text": " window by window", "segments": segments}
     audio = np.zeros(N_SAMPLES + 1, np.float32)
-    assert whisper_baseline.decode(whisper, audio[1:], "en", 5) == "short"
+    assert whisper_baseline.decode(whisper, audio[1:], "en", 5) == ("short", 0.1)
     mel, options = whisper.decode.call_args.args
     assert mel.shape == (80, 3000)
     assert options.beam_size == 5
-    assert whisper_baseline.decode(whisper, audio, "en", 1) == "window by window"
+    assert whisper_baseline.decode(whisper, audio, "en", 1) == ("window by window", 0.2)
     assert whisper.transcribe.call_args.kwargs["beam_size"] is None
+
+
+def test_what_whisper_hears_becomes_a_manifest_to_train_on(tmp_path, monkeypatch, capsys):
+    rows = [
+        {"wav": "a.wav", "spk": "ann"},
+        {"wav": "a.wav", "start": 0.2, "end": 0.9},
+        {"wav": "a.wav", "txt": "hidden", "start": 0.5},
+        {"wav": "silent.wav"},
+        {"wav": "loop.wav"},
+        {"wav": "music.wav"},
+    ]
+    for row in rows:
+        tiny.make_sound(tmp_path / row["wav"], 1.0, 300)
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    heard = ["Go.", "No.", "Up.", "you", "no " * 6, "♪"]
+    no_speech = [0.1, 0.1, 0.5, 0.9, 0.1, 0.1]
+    decode = Mock(side_effect=zip(heard, no_speech))
+    monkeypatch.setattr(whisper_baseline, "decode", decode)
+    monkeypatch.setattr(whisper_baseline, "load_whisper", Mock())
+    manifest = tmp_path / "new" / "pseudo.jsonl"
+    command = ["--whisper_model_name_or_path", "tiny", "--data_path", str(data)]
+    command += ["--result_path", str(tmp_path / "whisper.jsonl"), "--as_manifest"]
+    whisper_baseline.main([*command, str(manifest)])
+    printed = capsys.readouterr().out
+    assert f"2 rejected: no speech ({tmp_path}/silent.wav, {tmp_path}/music.wav)" in printed
+    assert f"1 rejected: loop ({tmp_path}/loop.wav)" in printed
+    utterances = read_manifest([str(manifest)])
+    assert [x.text for x in utterances] == ["Go.", "No.", "Up."]
+    assert [x.duration for x in utterances] == [1, 0.7, 0.5]
+    assert [(x.start, x.end) for x in utterances] == [(0, None), (0.2, 0.9), (0.5, 1)]
+    assert {x.path for x in utterances} == {str(tmp_path / "a.wav")}
+    assert utterances[0].row["spk"] == "ann"
+    with pytest.raises(InputError, match="--as_manifest: .*data.jsonl is also in --data_path"):
+        whisper_baseline.main([*command, str(data)])
 
 
 def write_state(folder, logs, steps):
