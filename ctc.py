@@ -160,13 +160,20 @@ class PrefixScores(LogitsProcessor):
         common = range(min(COMMON_TOKENS, embeddings.num_embeddings))
         always = torch.tensor([*common, blank_id])
         nearest = find_nearest(torch.cat(heard), embeddings, NEAREST)
-        classes = torch.cat([send(always, device), nearest])
+        classes = torch.cat([send(always, device), nearest.flatten()])
         self.classes = classes.unique()  # (P,), sorted
         self.is_blank = self.classes == blank_id
+        # what is near to another utterance alone is no class of this one: batches change nothing
+        is_rare = (self.classes >= COMMON_TOKENS) & ~self.is_blank
+        is_foreign = is_rare.repeat(len(heard), 1)
+        counts = [len(x) for x in heard]
+        for row, tokens in zip(is_foreign, nearest.split(counts)):
+            row[self.find(tokens.flatten())] = False
 
         rows = embeddings(self.classes)  # (P, D)
         padded = pad_sequence(audio, batch_first=True)
         logits = padded.to(rows.dtype) @ rows.T * scale
+        logits = logits.masked_fill(is_foreign[:, None], -torch.inf)
         probabilities = logits.float().softmax(-1)
         # behind its end an utterance goes on in blanks, which cost nothing
         lengths = torch.tensor([len(x) for x in audio])
@@ -176,6 +183,7 @@ class PrefixScores(LogitsProcessor):
         self.probabilities = silence.where(is_behind[..., None], probabilities)  # (B, A, P)
         blanks = log(self.probabilities @ silence)
         self.blanks = blanks.double().repeat_interleave(num_beams, 0)  # (B * N, A)
+        self.is_foreign = is_foreign.repeat_interleave(num_beams, 0)  # (B * N, P)
 
         # log-probabilities that an alignment of a hypothesis stands before each position, and at
         # the end, with a blank as its last step, or with the token that is said last
@@ -217,13 +225,15 @@ class PrefixScores(LogitsProcessor):
         begun = pad(input_ids, (1, 0), value=-1)
         newest = begun[:, -1:]
         gains_of_blank = torch.where(newest == self.blank_id, NEVER, 0.0)
-        return torch.where(self.is_blank, gains_of_blank, gains)
+        gains = torch.where(self.is_blank, gains_of_blank, gains)
+        return gains.masked_fill(self.is_foreign, -torch.inf)
 
     def score_end(self) -> Tensor:
         """What its end adds to a hypothesis's log-probability (B * N, 1)."""
         in_either = torch.logaddexp(self.in_blank, self.in_token)
         whole = in_either[:, -1]
-        return (whole - self.prefix)[:, None]
+        gains = whole - self.prefix
+        return gains.clamp(max=0)[:, None]
 
     def extend(self, input_ids: Tensor) -> None:
         """Go on from the states of the hypotheses before to those of these, with a token more."""
@@ -269,10 +279,10 @@ class PrefixScores(LogitsProcessor):
     def share(self, state: Tensor) -> Tensor:
         """A state's part of the hypothesis's probability, before each position (B * N, A)."""
         logarithms = state[:, :-1] - self.prefix[:, None]
-        return logarithms.exp().float()
+        return logarithms.clamp(max=0).exp().float()
 
     def find(self, tokens: Tensor) -> Tensor:
-        """The classes (B * N,) of tokens; any class for those that have none."""
+        """The classes of tokens, in their shape; any class for those that have none."""
         classes = torch.searchsorted(self.classes, tokens)
         return classes.clamp(max=len(self.classes) - 1)
 
@@ -285,10 +295,10 @@ class PrefixScores(LogitsProcessor):
 
 
 def find_nearest(audio: Tensor, embeddings: nn.Embedding, count: int) -> Tensor:
-    """Of the tokens that are not common, the `count` nearest to each position of audio (A, D)."""
+    """Of the tokens that are not common, the nearest (A, `count`) to each position of audio."""
     vocabulary = range(COMMON_TOKENS, embeddings.num_embeddings)
     if not vocabulary:
-        return torch.empty(0, dtype=torch.long, device=audio.device)
+        return torch.empty([len(audio), 0], dtype=torch.long, device=audio.device)
     values, tokens = [], []
     # in parts, as the products with all of a large vocabulary would fill gigabytes
     for start in vocabulary[::COMMON_TOKENS]:
@@ -301,13 +311,13 @@ def find_nearest(audio: Tensor, embeddings: nn.Embedding, count: int) -> Tensor:
     values = torch.cat(values, 1)
     tokens = torch.cat(tokens, 1)
     best = values.topk(min(count, values.shape[1]))
-    return tokens.gather(1, best.indices).flatten()
+    return tokens.gather(1, best.indices)
 
 
 def log(probabilities: Tensor) -> Tensor:
-    """Logarithms; that of 0 is that of the smallest float32, -87."""
+    """Logarithms, from that of the smallest float32, -87, to that of 1."""
     smallest = torch.finfo(torch.float32).tiny
-    return probabilities.clamp(min=smallest).log()
+    return probabilities.clamp(smallest, 1).log()
 
 
 def add_alignments(before: Tensor, steps: Tensor) -> Tensor:

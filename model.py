@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LogitsProcessor
+from transformers import Cache, LogitsProcessor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from cache import Encoder
 from command import InputError
@@ -241,11 +242,12 @@ class SpeechLLM(nn.Module):
         if max_new_tokens is not None:
             limits = [max_new_tokens] * len(audio)
         processors.append(EndAtLimit(limits, num_beams, self.end_id, audio[0].device))
-        # by probability; the usual mean of a token's rewards loops
-        ranking = {"length_penalty": 0.0} if num_beams > 1 else {}
+        inputs = self.build_inputs(heard, [[]] * len(heard))
+        if num_beams > 1:
+            inputs["cache"] = self.read_once(inputs, num_beams)
+            inputs["length_penalty"] = 0.0  # by probability; its mean over tokens rewards loops
         rows = self.llm.generate(
-            **self.build_inputs(heard, [[]] * len(heard)),
-            **ranking,
+            **inputs,
             num_beams=num_beams,
             max_new_tokens=max(limits),
             logits_processor=processors,
@@ -257,6 +259,27 @@ class SpeechLLM(nn.Module):
             # an LLM that is shown no audio makes something up
             answers.append(answer if len(positions) else [])
         return answers
+
+    def read_once(self, inputs: dict[str, Tensor], num_beams: int) -> Cache | None:
+        """Keys and values of all positions but the last, which all beams of an utterance share.
+
+        None for an LLM that keeps other states, as those of linear attention cannot be repeated.
+        """
+        embedded = inputs["inputs_embeds"][:, :-1]
+        mask = inputs["attention_mask"][:, :-1]
+        positions = mask.cumsum(1) - 1
+        output = self.llm(
+            inputs_embeds=embedded,
+            attention_mask=mask,
+            position_ids=positions.clamp(min=0),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        kinds = {type(layer) for layer in getattr(output.cache, "layers", [])}
+        if not kinds or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
+            return None
+        output.cache.batch_repeat_interleave(num_beams)
+        return output.cache
 
     def score_by_ctc(
         self, audio: list[Tensor], heard: list[Tensor], num_beams: int, weight: float

@@ -180,6 +180,36 @@ def test_of_other_tokens_those_that_are_near_to_the_audio_can_be_said(monkeypatc
     assert set(can_be_said.tolist()) == {*range(10), *nearest.tolist()}
 
 
+def test_an_utterance_has_the_same_scores_alone_and_in_a_batch(monkeypatch):
+    monkeypatch.setattr(ctc, "COMMON_TOKENS", 10)
+    monkeypatch.setattr(ctc, "NEAREST", 2)
+    embeddings = make_embeddings(200)
+    audio = [make_audio(length).detach() for length in (3, 5, 4)]
+    hypotheses = torch.tensor([[1, 4]] * 3)
+    scores = torch.zeros(3, 200)
+
+    def search(audio):
+        processor = make_scores(audio, embeddings)
+        for length in range(3):
+            both = processor(hypotheses[: len(audio), :length], scores[: len(audio)])
+        return both
+
+    for row, positions in zip(search(audio), audio):
+        [alone] = search([positions])
+        assert torch.equal(row.isfinite(), alone.isfinite())
+        said = alone.isfinite()
+        assert torch.allclose(row[said], alone[said], atol=1e-5)
+
+
+def test_what_cannot_be_gains_nothing():
+    embeddings = make_embeddings(4)
+    processor = make_scores([make_audio(2).detach()], embeddings, stop_ids=(0,))
+    hypothesis = torch.tensor([[1, 2, 1, 2, 1, 2]])  # more tokens than positions
+    for length in range(7):
+        both = processor(hypothesis[:, :length], torch.zeros(1, 4))
+        assert (both <= 0).all()
+
+
 def test_positions_near_the_blank_are_dropped_whatever_their_length():
     angles = torch.tensor([0, 0.6, 0.9, 3.1])  # cosines of 1, 0.83, 0.62 and -1
     lengths = torch.tensor([1, 10, 0.5, 9])

@@ -23,6 +23,12 @@ WINDOWS = {
     "mpt": {"max_seq_len": 4096},  # ALiBi
 }
 
+# those that keep other states than keys and values
+LINEAR = {
+    "mamba2": {"state_size": 16, "num_heads": 8, "head_dim": 32, "n_groups": 1, "expand": 2},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+}
+
 
 def embed(model, utterances):
     """Audio of utterances, and their batch."""
@@ -273,6 +279,17 @@ def test_a_row_is_read_the_same_alone_and_beside_a_longer_one(model, utterances,
     rows = [utterances[0], utterances[-1]]
     assert rows[1].duration > 2 * rows[0].duration
     check_batch_against_singles(model, rows, num_items_in_batch=8)
+
+
+@pytest.mark.parametrize("family", [*WINDOWS, *LINEAR])
+def test_beams_share_what_is_read_before_them(model, utterances, family, monkeypatch):
+    replace_llm(model, family, **{**WINDOWS, **LINEAR}[family])
+    audio, _ = embed(model, utterances[:4])
+    inputs = model.build_inputs(audio, [[]] * 4)
+    assert (model.read_once(inputs, 3) is None) == (family in LINEAR)
+    shared = model.generate(audio, num_beams=3)
+    monkeypatch.setattr(model, "read_once", lambda *args: None)
+    assert model.generate(audio, num_beams=3) == shared
 
 
 def test_the_listening_gap_is_the_loss_with_the_audio_of_others_less_the_loss(model, utterances):
