@@ -235,7 +235,7 @@ class RecognitionArguments(ScoringArguments):
     )
     max_new_tokens: int | None = HfArg(
         default=None,
-        help="Most tokens of a hypothesis; by default as many as its audio allows.",
+        help="Most tokens of a hypothesis and its end; by default as many as its audio allows.",
     )
     bf16: bool = HfArg(
         default=has_fast_bf16(),

@@ -72,9 +72,10 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
 def find_newest(output_dir: str) -> str | None:
     """The whole checkpoint of the most steps in a folder."""
     whole = {}
-    for folder in Path(output_dir).glob("checkpoint-*[0-9]"):
-        if is_whole(folder):
-            whole[int(folder.name.removeprefix("checkpoint-"))] = str(folder)
+    for folder in Path(output_dir).glob("checkpoint-*"):
+        steps = folder.name.removeprefix("checkpoint-")
+        if steps.isdecimal() and is_whole(folder):
+            whole[int(steps)] = str(folder)
     if not whole:
         return None
     return whole[max(whole)]
@@ -82,10 +83,15 @@ def find_newest(output_dir: str) -> str | None:
 
 def is_whole(checkpoint: Path) -> bool:
     """Whether a folder is a checkpoint that was written to its end."""
-    state = checkpoint / "trainer_state.json"
-    if not state.is_file() or any(checkpoint.glob("checkpoint-*")):  # an output folder has one, too
+    if any(checkpoint.glob("checkpoint-*")):  # an output folder has a state, too
         return False
-    return state.read_text().endswith("\n}\n")  # this file comes last
+    return has_whole_state(checkpoint)  # this file comes last
+
+
+def has_whole_state(folder: Path) -> bool:
+    """Whether the Trainer's state is in a folder, and was written to its end."""
+    state = folder / "trainer_state.json"
+    return state.is_file() and state.read_text().endswith("\n}\n")
 
 
 def describe_folder(folder: str) -> str:
@@ -138,9 +144,7 @@ def read_state(folder: str) -> TrainerState:
 def count_saved_steps(args: TrainingArguments, checkpoint: str) -> int:
     """The steps of the weights in output_dir, if they are of this checkpoint's run; otherwise 0."""
     folder = Path(args.output_dir)
-    if not Path(folder, "trainer_state.json").is_file():
-        return 0
-    if not Path(folder, "model.safetensors").is_file():
+    if not has_whole_state(folder) or not Path(folder, "model.safetensors").is_file():
         return 0
     state, logged = read_state(args.output_dir), read_state(checkpoint).log_history
     if state.log_history[: len(logged)] != logged:

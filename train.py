@@ -76,7 +76,7 @@ def train(args: TrainingArguments, config: Config, checkpoint: str | None) -> No
             metrics |= recognise_and_score(model, recognised, args)
         return metrics
 
-    from trainer import ProjectorTrainer  # its import takes a second, which --help need not wait
+    from trainer import ProjectorTrainer  # takes a second, for which --help need not wait
 
     trainer = ProjectorTrainer(
         model=model,

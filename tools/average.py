@@ -61,6 +61,7 @@ def refuse(first: Path, wanted, other: Path, found, name: str) -> None:
 def average(paths: list[Path]) -> dict[str, Tensor]:
     """The mean of each tensor of the projector files, in float32; InputError if shapes differ."""
     first = paths[0]
+    read_config(str(first))  # what is no projector is refused here
     means = {name: tensor.float() for name, tensor in load_file(first).items()}
     for path in paths[1:]:
         check_alike(first, path)

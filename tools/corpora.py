@@ -189,7 +189,10 @@ def read_plain_pairs(folder: Path) -> Iterator[Entry]:
         if name in texts:
             texts.remove(name)
             file = name.with_name(f"{name.name}.txt")
-            entry.text = file.read_text(encoding="utf-8", errors="replace")
+            try:
+                entry.text = file.read_text(encoding="utf-8", errors="replace")
+            except OSError as error:
+                entry.fault = f"its text cannot be read ({error.strerror})"
         if path.parent != folder:
             entry.speaker = str(path.parent.relative_to(folder))
         yield entry

@@ -69,8 +69,11 @@ class Arguments:
     def __post_init__(self):
         if not 0 < self.dev_share < 1:
             raise InputError(f"--dev_share must be between 0 and 1, got {self.dev_share}")
-        if self.dev_manifest == self.manifest:
-            raise InputError("--dev_manifest and --manifest must be two files")
+        paths = [self.source.resolve(), self.manifest.resolve()]
+        if self.dev_manifest is not None:
+            paths.append(self.dev_manifest.resolve())
+        if len(set(paths)) < len(paths):
+            raise InputError("--source, --manifest and --dev_manifest must be different files")
         if self.max_duration is not None and self.max_duration <= self.min_duration:
             raise InputError(
                 f"--max_duration {self.max_duration} leaves nothing above --min_duration "
