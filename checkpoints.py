@@ -105,7 +105,7 @@ def describe_folder(folder: str) -> str:
 
 
 def go_on(args: TrainingArguments, arguments: dict, checkpoint: str, utterances: int) -> bool:
-    """Whether a run has steps left behind a checkpoint. One that has none gets its last weights.
+    """Whether a run has steps left after a checkpoint. One that has none gets its last weights.
 
     Says what comes, and warns of `arguments` that differ from the checkpoint's; of those that it
     keeps, its own replace them.

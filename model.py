@@ -229,9 +229,11 @@ class SpeechLLM(nn.Module):
     ) -> list[list[int]]:
         """Token ids of the best hypothesis for each utterance, of `embed_audio`'s audio.
 
-        Best is the sum of the LLM's log-probability and `ctc_weight` times CTC's. So that loops end,
-        a hypothesis has at most as many tokens as the LLM reads positions from the audio on, or
-        `max_new_tokens`, its end included; with CTC as many as the audio has positions, and an end.
+        Best is the sum of the LLM's log-probability and `ctc_weight` times CTC's.
+
+        So that loops end, a hypothesis has at most as many tokens as the LLM reads positions from
+        the audio on, or `max_new_tokens`, its end included; with CTC as many as the audio has
+        positions, and an end.
         """
         heard = self.drop_blanks(audio)
         limits = [len(x) + len(self.after) for x in heard]

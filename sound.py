@@ -17,7 +17,7 @@ from command import InputError
 UNKNOWN = 2**63 - 1  # libsndfile's number of frames where the header of a FLAC has none
 LONGEST = 1e8  # seconds that a header or a manifest is believed
 BLOCK = 2**20  # frames that are read at once where their number is unknown
-OVERSHOOT = 0.5  # seconds that a part may end behind its file, as in Kaldi's extract-segments
+OVERSHOOT = 0.5  # seconds that a part may end after its file, as in Kaldi's extract-segments
 
 
 class Stream(soundfile.SoundFile):
@@ -74,7 +74,7 @@ def read_blocks(path: str) -> Iterator[np.ndarray]:
 
 
 def check_part(path: str, start: float, end: float, file_end: float) -> None:
-    """InputError if a part ends behind its file."""
+    """InputError if a part ends after its file."""
     if end > file_end + OVERSHOOT:
         raise InputError(f"{path} ends before {end:.2f} s: its part from {start:.2f} s is too long")
 

@@ -108,7 +108,7 @@ def test_kaldi_with_segments_by_its_own_rules(tmp_path, capsys):
     ]
     assert capsys.readouterr().out.splitlines()[1:] == [
         "1 rejected: a channel of its own: write it as a file first (s1-f)",
-        "1 rejected: ends over 0.5 s behind its file (s1-d)",
+        "1 rejected: ends over 0.5 s after the end of its file (s1-d)",
         "1 rejected: no audio for the text (s1-z)",
         "1 rejected: no such audio file (s1-j)",
         "1 rejected: segments has no RECORDING START END (s1-g)",

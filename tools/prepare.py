@@ -111,7 +111,7 @@ def find_times(entry: Entry) -> dict[str, float]:
     length = measure(entry.path)
     end = length if entry.end is None else entry.end
     if end > length + OVERSHOOT:
-        raise InputError(f"ends over {OVERSHOOT} s behind its file")
+        raise InputError(f"ends over {OVERSHOOT} s after the end of its file")
     end = min(end, length)
     if not 0 <= entry.start < end:
         raise InputError("start and end have nothing between them in the file")

@@ -193,7 +193,7 @@ def choose_paths(files: list[str], kind: str, folder: Path | None) -> dict[str, 
     if folder is None:
         if kind in ("srt", "vtt") and len(files) > 1:
             raise InputError(
-                f"--output {kind} of {len(files)} files would be printed one behind the other: "
+                f"--output {kind} of {len(files)} files would be printed one after the other: "
                 "give --output_dir"
             )
         return {}
