@@ -286,11 +286,11 @@ class SpeechLLM(nn.Module):
     def score_by_ctc(
         self, audio: list[Tensor], heard: list[Tensor], num_beams: int, weight: float
     ) -> PrefixScores:
-        embeddings = self.llm.get_input_embeddings()
+        """CTC's part in a search, for audio and what the LLM is shown of it."""
         return PrefixScores(
             audio,
             heard,
-            embeddings,
+            self.llm.get_input_embeddings(),
             self.blank_id,
             self.stop_ids,
             self.ctc_scale,
