@@ -171,7 +171,8 @@ class TrainingArguments(transformers.TrainingArguments):
         check_schedule(self)
         check_loggers(self)
         check_batches(self)
-        self.accelerator_config.non_blocking = True  # or each tensor of a batch waits for the GPU
+        # or each tensor of a batch waits for the GPU
+        self.accelerator_config.non_blocking = torch.accelerator.is_available()
         self.remove_unused_columns = False  # rows are Utterances
         self.train_sampling_strategy = "sequential"  # rows are in their order
         self.ddp_find_unused_parameters = False  # every step uses the whole projector
