@@ -200,18 +200,18 @@ class PrefixScores(LogitsProcessor):
         if input_ids.shape[1] > 0:
             self.extend(input_ids)
         both = torch.full_like(scores, -torch.inf)
+        in_either = torch.logaddexp(self.in_blank, self.in_token)
         parts = [
-            (self.classes, self.score_classes(input_ids)),
-            (self.stop_ids, self.score_end()),
+            (self.classes, self.score_classes(input_ids, in_either)),
+            (self.stop_ids, self.score_end(in_either)),
         ]
         for tokens, gains in parts:
             weighted = self.weight * gains.to(scores.dtype)
             both[:, tokens] = scores[:, tokens] + weighted
         return both
 
-    def score_classes(self, input_ids: Tensor) -> Tensor:
+    def score_classes(self, input_ids: Tensor, in_either: Tensor) -> Tensor:
         """What each class (B * N, P) as the next token adds to a hypothesis's log-probability."""
-        in_either = torch.logaddexp(self.in_blank, self.in_token)
         shares = self.share(in_either)
         of_utterances = shares.unflatten(0, (-1, self.num_beams))  # (B, N, A)
         said_next = of_utterances @ self.probabilities  # (B, N, P)
@@ -228,9 +228,8 @@ class PrefixScores(LogitsProcessor):
         gains = torch.where(self.is_blank, gains_of_blank, gains)
         return gains.masked_fill(self.is_foreign, -torch.inf)
 
-    def score_end(self) -> Tensor:
+    def score_end(self, in_either: Tensor) -> Tensor:
         """What its end adds to a hypothesis's log-probability (B * N, 1)."""
-        in_either = torch.logaddexp(self.in_blank, self.in_token)
         whole = in_either[:, -1]
         gains = whole - self.prefix
         return gains.clamp(max=0)[:, None]
