@@ -3,16 +3,17 @@
     python -m experiments.augment select --data_path in.jsonl --output_path out.jsonl
     python -m experiments.augment speed --data_path in.jsonl --output_dir copies --factors 0.88 1.12
     python -m experiments.augment join --data_path in.jsonl --output_dir joined --seconds 20 28
+    python -m experiments.augment draw --llm_model_name_or_path LLM --output_path words.txt
     python -m experiments.augment write --llm_model_name_or_path LLM --output_path text.txt
-    python -m experiments.augment speak --text_path text.txt --output_dir spoken
+    python -m experiments.augment speak --text_path words.txt text.txt --output_dir spoken
 
 `select` makes transcripts lower-case without punctuation, and leaves utterances out; for readable
 text `--lower False --cased True` keeps those that have case, and them as they are. `speed` copies
 utterances faster or slower, and so higher or lower. `join` makes long utterances of neighbours in
-the manifest that have the same `spk`. `write` lets the LLM write short sentences around words of
-its own vocabulary. `speak` lets the demo's offline voice say them, and some numbers, at different
-speeds and pitches with a little noise. `speed`, `join` and `speak` end in
-OUTPUT_DIR/manifest.jsonl.
+the manifest that have the same `spk`. `draw` draws rows of words from the LLM's vocabulary, each
+word equally often. `write` lets the LLM write short sentences around such words. `speak` lets the
+demo's offline voice say them, and some numbers, at different speeds and pitches with a little
+noise. `speed`, `join` and `speak` end in OUTPUT_DIR/manifest.jsonl.
 """
 
 import json
@@ -41,9 +42,11 @@ TASKS = [
     "Write a conversation between two friends, in short sentences, with the words",
     "Write ten short and simple sentences with the words",
 ]
+ROW = (3, 12)  # words, at least and at most
 COMMON_WORDS = 12_000  # the first ones of the vocabulary are the most common
 MOST_WORDS = 12  # in a sentence
 STORIES = 128  # written at once
+WORD = re.compile("Ġ([a-z]{2,}|[A-Z][a-z]{2,})")  # a token that is a word or a name
 SENTENCE = re.compile(r"[^.!?\n:\"]+[.!?]")
 PLAIN_ENGLISH = re.compile(r"[A-Za-z' ,.!?;-]+")
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -88,8 +91,15 @@ class WriteArguments:
 
 
 @dataclass
+class DrawArguments:
+    llm_model_name_or_path: str = HfArg(help="Whose vocabulary: a name or a folder.")
+    output_path: Path = HfArg(help="The text to write, a row of words a line.")
+    times: int = HfArg(default=6, help="How often each word is drawn.")
+
+
+@dataclass
 class SpeakArguments:
-    text_path: Path = HfArg(help="Text, a sentence a line.")
+    text_path: list[Path] = HfArg(help="Text files, a sentence a line.")
     output_dir: Path = HfArg(help="Where the audio and its manifest go.")
     numbers: int = HfArg(default=400, help="Rows of digits that are spoken beside the sentences.")
 
@@ -202,6 +212,24 @@ def write(args: WriteArguments) -> None:
     args.output_path.write_text("\n".join(sentences) + "\n")
 
 
+def draw(args: DrawArguments) -> None:
+    """Write the vocabulary's words and names, mixed anew each of `times` times, in short rows."""
+    tokenizer = AutoTokenizer.from_pretrained(args.llm_model_name_or_path)
+    tokens = [token for token in tokenizer.get_vocab() if WORD.fullmatch(token)]
+    words = sorted({token.removeprefix("Ġ").lower() for token in tokens})
+    rng = random.Random(SEED)
+    rows = []
+    for _ in range(args.times):
+        rng.shuffle(words)
+        start = 0
+        while start < len(words):
+            size = rng.randint(*ROW)
+            rows.append(" ".join(words[start : start + size]))
+            start += size
+    args.output_path.write_text("\n".join(rows) + "\n")
+    print(f"{args.output_path}: {len(rows)} rows of {len(words)} words")
+
+
 def list_common_words(tokenizer) -> list[str]:
     """Words that are one token each, the most common first."""
     ids = tokenizer.get_vocab()
@@ -248,7 +276,9 @@ def speak(args: SpeakArguments) -> None:
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
     rng = random.Random(SEED)
-    texts = args.text_path.read_text().splitlines()
+    texts = []
+    for path in args.text_path:
+        texts += path.read_text().splitlines()
     for _ in range(args.numbers):
         digits = rng.choices(DIGITS, k=rng.randint(3, 8))
         texts.append(" ".join(digits))
@@ -271,6 +301,7 @@ COMMANDS = {
     "select": (SelectArguments, select),
     "speed": (SpeedArguments, speed),
     "join": (JoinArguments, join),
+    "draw": (DrawArguments, draw),
     "write": (WriteArguments, write),
     "speak": (SpeakArguments, speak),
 }

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from command import InputError
-from loading import build, read_config
+from loading import build, load, read_config
 from model import Config
 from tools import average
 
@@ -37,6 +37,18 @@ def test_an_average_is_the_mean_of_its_projectors_and_keeps_their_metadata(paths
         expected = torch.stack([x[name].double() for x in weights]).mean(0)
         assert tensor.dtype == torch.float32
         torch.testing.assert_close(tensor.double(), expected, rtol=0, atol=1e-7)
+
+
+def test_an_average_in_float16_has_half_the_size_and_loads(paths, tmp_path):
+    folders = [write_checkpoint(tmp_path / f"{seed}", paths, seed) for seed in range(2)]
+    run(tmp_path / "full.safetensors", *folders)
+    run(tmp_path / "half.safetensors", *folders, "--half", "True")
+    full, half = (load_file(tmp_path / f"{name}.safetensors") for name in ("full", "half"))
+    for name, tensor in half.items():
+        assert tensor.dtype == torch.float16
+        torch.testing.assert_close(tensor.float(), full[name], rtol=1e-3, atol=1e-7)
+    model = load(str(tmp_path / "half.safetensors"))
+    assert model.projector.conv.weight.dtype == torch.float32
 
 
 def test_projectors_of_different_trainings_are_refused(paths, tmp_path):

@@ -74,6 +74,25 @@ def test_metric_and_normaliser_can_be_given(tmp_path, capsys, flags, head, rate)
     assert row[head] == rate
 
 
+def test_results_are_grouped_by_a_key_or_by_duration(tmp_path, capsys):
+    right = {"txt": "go on", "hyp": "go on", "spk": "anna", "duration": 17.0}
+    wrong = {"txt": "go on", "hyp": "go", "spk": "bob", "duration": 1.9}
+    other = {"txt": "go on", "hyp": "on on"}  # of nobody; 2 seconds
+    path = write_results(tmp_path / "a.jsonl", right, wrong, other)
+    score.main(["--result_path", str(path), "--by", "spk"])
+    rows = read_table(capsys.readouterr().out, tmp_path)
+    assert [(row["spk"], row["WER %"]) for row in rows] == [
+        ("anna", "0.00"),
+        ("bob", "50.00"),
+        ("none", "50.00"),
+    ]
+    score.main(["--result_path", str(path), "--by", "duration"])
+    rows = read_table(capsys.readouterr().out, tmp_path)
+    assert [row["duration"] for row in rows] == ["0 to 2 s", "2 to 4 s", "17 s and more"]
+    with pytest.raises(InputError, match="--by src: no line has that key; .* spk"):
+        score.main(["--result_path", str(path), "--by", "src"])
+
+
 def test_results_that_call_for_different_scores_are_left_as_they_are(tmp_path):
     english = write_results(tmp_path / "english.jsonl", {"txt": "and you", "hyp": "you"})
     chinese = write_results(tmp_path / "chinese.jsonl", {"txt": "今天", "hyp": "今"})

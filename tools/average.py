@@ -1,9 +1,10 @@
 """Average the projectors of several checkpoints of one training into one.
 
     python -m tools.average --projector_model_paths exp/checkpoint-{800,900,1000} \
-        --output_path exp/average.safetensors
+        --output_path exp/average.safetensors --half True
 
 Each is a projector file, or the folder of a checkpoint. The average is a projector file like them.
+`--half` stores it in float16: half the size.
 """
 
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ class Arguments:
         help="Projector files, or folders of checkpoints; all of one training."
     )
     output_path: Path = HfArg(help="The projector file to write.")
+    half: bool = HfArg(default=False, help="Whether to store it in float16.")
 
     def __post_init__(self):
         count = len(self.projector_model_paths)
@@ -93,6 +95,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(Arguments, argv)
     paths = [find_file(path) for path in args.projector_model_paths]
     weights = average(paths)
+    if args.half:
+        weights = {name: tensor.half() for name, tensor in weights.items()}
     write_projector(args.output_path, weights, read_metadata(paths[0]))
     print(f"{args.output_path}: the average of {len(paths)} projectors")
 

@@ -1,12 +1,15 @@
 """Score results again, with another metric or normaliser, or several side by side.
 
     python -m tools.score --result_path a.jsonl b.jsonl --normalizer basic
+    python -m tools.score --result_path a.jsonl --by duration
 
 needs no model. It prints a table with a row for each file, and what it dropped from the filtered
-rates. Each file is written again, its lines with a transcript having their own `rate`, and in
-`hallucination` the reason or null.
+rates. With `--by` there is a row for each value of a key of the manifest, such as `spk`, and for
+`duration` one for each range of seconds. Each file is written again, its lines with a transcript
+having their own `rate`, and in `hallucination` the reason or null.
 """
 
+from bisect import bisect
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +21,8 @@ from command import InputError, parse_arguments, run_command
 from manifest import check_duration, parse_json_object, read_lines, show
 from recognize import write_results
 
+DURATIONS = (2, 4, 6, 8, 12, 17)  # seconds, the ends of ranges
+
 
 @dataclass(kw_only=True)
 class Arguments(ScoringArguments):
@@ -25,6 +30,9 @@ class Arguments(ScoringArguments):
 
     result_path: list[Path] = HfArg(
         help="JSONL as recognize.py or tools/whisper_baseline.py wrote it; it is written again."
+    )
+    by: str | None = HfArg(
+        default=None, help="A key of the lines, such as spk or duration: a row for each value."
     )
 
 
@@ -79,7 +87,35 @@ def choose_for_all(
     return first
 
 
-def report(paths: list[Path], metric: str = "auto", normalizer: str = "auto") -> str:
+def group(results: list[dict], by: str | None) -> dict[str, list[dict]]:
+    """Results by what their lines have under the key `by`, or all of them as one group."""
+    if by is None:
+        return {"all": results}
+    if not any(by in result for result in results):
+        keys = ", ".join(results[0])
+        raise InputError(f"--by {by}: no line has that key; the first line has {keys}")
+    groups = {}
+    if by == "duration":
+        groups = {name_range(seconds): [] for seconds in (0, *DURATIONS)}
+    for result in results:
+        value = result.get(by, "none")
+        name = name_range(value) if by == "duration" else str(value)
+        groups.setdefault(name, []).append(result)
+    return {name: members for name, members in groups.items() if members}
+
+
+def name_range(seconds: float) -> str:
+    """The range of DURATIONS that a number of seconds is in."""
+    place = bisect(DURATIONS, seconds)
+    start = DURATIONS[place - 1] if place > 0 else 0
+    if place == len(DURATIONS):
+        return f"{start} s and more"
+    return f"{start} to {DURATIONS[place]} s"
+
+
+def report(
+    paths: list[Path], metric: str = "auto", normalizer: str = "auto", by: str | None = None
+) -> str:
     """The table of results, with what was dropped below it; each file gets its scores.
 
     InputError for a file of something else, before any is written.
@@ -92,8 +128,11 @@ def report(paths: list[Path], metric: str = "auto", normalizer: str = "auto") ->
 
     table, dropped = [], []
     for path, results in results_by_path.items():
-        cells = scoring.score(scored[path], metric, normalizer)
-        table.append({"result": str(path), **cells})
+        for name, members in group(scored[path], by).items():
+            row = {"result": str(path)}
+            if by is not None:
+                row[by] = name
+            table.append({**row, **scoring.score(members, metric, normalizer)})
         dropped += scoring.list_hallucinations(str(path), scored[path])
         part = path.with_name(f"{path.name}.part")  # a stop leaves the file whole
         write_results(part, results, "w")
@@ -103,7 +142,7 @@ def report(paths: list[Path], metric: str = "auto", normalizer: str = "auto") ->
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(Arguments, argv)
-    print(report(args.result_path, args.metric, args.normalizer))
+    print(report(args.result_path, args.metric, args.normalizer, args.by))
 
 
 if __name__ == "__main__":
