@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor
 
 COMMON_TOKENS = 8192  # always among the classes: the first tokens of a vocabulary are the common
+RIVALS = 4096  # of the other tokens that are classes in training, drawn for each batch
 NEAREST = 10  # of the other tokens that are classes in recognition, for each position
 CTC_WEIGHT = 3.0  # of CTC beside the LLM in recognition
 NEVER = -1e6  # log-probability of what cannot be; finite, so that differences are numbers
@@ -47,16 +48,18 @@ def ctc_loss(
     """Negative log-likelihoods of token ids `targets`, in nats: (B,).
 
     Audio is (A, D) for each target, or that of one utterance for all targets. Logits are `scale`
-    times the products with the embeddings of the classes: the blank, common tokens, and what
-    `targets` have. Of a target with more tokens than its audio has positions (or as many, one of
+    times the products with the embeddings of the classes: the blank, common tokens, what `targets`
+    have, and some of the others, as what is never a class is never told to keep away from audio.
+    Of a target with more tokens than its audio has positions (or as many, one of
     them doubled) the loss is infinite, or 0 with `zero_infinity`.
     """
     common = range(min(COMMON_TOKENS, embeddings.num_embeddings))
     # classes are counted on the CPU: how many there are, a GPU could not say without a wait
-    tokens = torch.tensor([*common, blank_id, *chain(*targets)])
+    rivals = draw_rivals(targets, embeddings.num_embeddings)
+    tokens = torch.tensor([*common, blank_id, *chain(*targets), *rivals])
     classes, index = tokens.unique(return_inverse=True)  # (P,), and the place of each token in it
     blank_class = int(index[len(common)])
-    target_classes = index[len(common) + 1 :]
+    target_classes = index[len(common) + 1 : len(index) - len(rivals)]
 
     device = audio[0].device
     rows = embeddings(send(classes, device))  # (P, D)
@@ -71,6 +74,15 @@ def ctc_loss(
     target_lengths = torch.tensor([len(ids) for ids in targets])
     loss = nn.CTCLoss(blank_class, reduction="none", zero_infinity=zero_infinity)
     return loss(log_probs, send(target_classes, device), audio_lengths, target_lengths)
+
+
+def draw_rivals(targets: list[list[int]], vocabulary: int) -> list[int]:
+    """RIVALS of the tokens that are not common, always the same for the same targets."""
+    if vocabulary <= COMMON_TOKENS:
+        return []
+    generator = torch.Generator().manual_seed(sum(chain(*targets)))
+    rivals = torch.randint(COMMON_TOKENS, vocabulary, [RIVALS], generator=generator)
+    return rivals.tolist()
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

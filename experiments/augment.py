@@ -43,10 +43,11 @@ TASKS = [
     "Write ten short and simple sentences with the words",
 ]
 ROW = (3, 12)  # words, at least and at most
-COMMON_WORDS = 12_000  # the first ones of the vocabulary are the most common
+COMMON_WORDS = 12_000  # that stories are about
 MOST_WORDS = 12  # in a sentence
 STORIES = 128  # written at once
-WORD = re.compile("Ġ([a-z]{2,}|[A-Z][a-z]{2,})")  # a token that is a word or a name
+LOWER_WORD = re.compile("Ġ[a-z]{3,}")  # tokens that are words
+WORD = re.compile("Ġ([a-z]{2,}|[A-Z][a-z]{2,})")  # and names
 SENTENCE = re.compile(r"[^.!?\n:\"]+[.!?]")
 PLAIN_ENGLISH = re.compile(r"[A-Za-z' ,.!?;-]+")
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -94,7 +95,8 @@ class WriteArguments:
 class DrawArguments:
     llm_model_name_or_path: str = HfArg(help="Whose vocabulary: a name or a folder.")
     output_path: Path = HfArg(help="The text to write, a row of words a line.")
-    times: int = HfArg(default=6, help="How often each word is drawn.")
+    words: int = HfArg(default=8000, help="How many words, the most common first.")
+    times: int = HfArg(default=12, help="How often each of them is drawn.")
 
 
 @dataclass
@@ -194,7 +196,7 @@ def write(args: WriteArguments) -> None:
     tokenizer.pad_token = tokenizer.eos_token
     dtype = torch.bfloat16 if choose_bf16(True) else torch.float32
     llm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    words = list_common_words(tokenizer)
+    words = list_words(tokenizer, LOWER_WORD)[:COMMON_WORDS]
     rng = random.Random(SEED)
     torch.manual_seed(SEED)
 
@@ -215,8 +217,7 @@ def write(args: WriteArguments) -> None:
 def draw(args: DrawArguments) -> None:
     """Write the vocabulary's words and names, mixed anew each of `times` times, in short rows."""
     tokenizer = AutoTokenizer.from_pretrained(args.llm_model_name_or_path)
-    tokens = [token for token in tokenizer.get_vocab() if WORD.fullmatch(token)]
-    words = sorted({token.removeprefix("Ġ").lower() for token in tokens})
+    words = list_words(tokenizer, WORD)[: args.words]
     rng = random.Random(SEED)
     rows = []
     for _ in range(args.times):
@@ -230,12 +231,13 @@ def draw(args: DrawArguments) -> None:
     print(f"{args.output_path}: {len(rows)} rows of {len(words)} words")
 
 
-def list_common_words(tokenizer) -> list[str]:
-    """Words that are one token each, the most common first."""
+def list_words(tokenizer, kind: re.Pattern) -> list[str]:
+    """Words in lower case that are one token each of this kind, the most common first."""
     ids = tokenizer.get_vocab()
-    tokens = [token for token in ids if re.fullmatch("Ġ[a-z]{3,}", token)]
+    tokens = [token for token in ids if kind.fullmatch(token)]
     tokens.sort(key=ids.get)
-    return [token.removeprefix("Ġ") for token in tokens[:COMMON_WORDS]]
+    words = [token.removeprefix("Ġ").lower() for token in tokens]
+    return list(dict.fromkeys(words))
 
 
 @torch.inference_mode()

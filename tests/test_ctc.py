@@ -98,6 +98,7 @@ def test_of_a_large_vocabulary_common_tokens_the_blank_and_the_targets_count(mon
     vocabulary = {"classes": 50, "blank_id": 45}
     every = loss_of([audio], [[1, 40]], **vocabulary)
     monkeypatch.setattr(ctc, "COMMON_TOKENS", 10)
+    monkeypatch.setattr(ctc, "RIVALS", 0)
     few = loss_of([audio], [[1, 40]], **vocabulary)
     assert every > few + 0.1
     # the same as with a vocabulary that has no other tokens
@@ -107,6 +108,20 @@ def test_of_a_large_vocabulary_common_tokens_the_blank_and_the_targets_count(mon
     small.weight.data = make_embeddings(50).weight[classes]
     alone = ctc.ctc_loss([audio], [[2, 11]], small, blank_id=0, scale=1.0)
     assert torch.allclose(few, alone, rtol=1e-5)
+
+
+def test_tokens_of_a_large_vocabulary_are_drawn_for_each_batch(monkeypatch):
+    audio = make_audio(4)
+    vocabulary = {"classes": 50, "blank_id": 45}
+    every = loss_of([audio], [[1, 40]], **vocabulary)
+    monkeypatch.setattr(ctc, "COMMON_TOKENS", 10)
+    monkeypatch.setattr(ctc, "RIVALS", 1000)  # all 40, many times over, but each as one class
+    assert torch.allclose(loss_of([audio], [[1, 40]], **vocabulary), every)
+    monkeypatch.setattr(ctc, "RIVALS", 5)
+    drawn = ctc.draw_rivals([[1], [40]], 50)
+    assert min(drawn) >= 10 and max(drawn) < 50
+    assert ctc.draw_rivals([[1], [40]], 50) == drawn  # so a run goes on as it would have
+    assert ctc.draw_rivals([[1], [41]], 50) != drawn
 
 
 def sum_prefix(alignments: dict, prefix: list[int]) -> float:
