@@ -1,19 +1,18 @@
-# Sourced by results.sh and rows.sh, with $train, $dev and $out set: makes $out/train.jsonl,
-# $out/dev.jsonl and every fifth line of it, $out/dev-fifth.jsonl, with lower-case transcripts, and
-# defines what trains and recognises. What is there already is not made again.
+# Sourced by other scripts, with $train and $dev, one manifest or several, and $out set: makes
+# $out/train.jsonl, $out/dev.jsonl and every fifth line of it, $out/dev-fifth.jsonl, with lower-case
+# transcripts, and defines what trains and recognises. What is there already is not made again.
 
 source demo/environment.sh requirements.txt demo/requirements.txt tools/requirements.txt
 python=.venv/bin/python
 mkdir -p "$out"
 
-select_lower() { # IN, OUT, more flags
-    [ -e "$2" ] || $python -m experiments.augment select \
-        --data_path "$1" --output_path "$2" "${@:3}"
+select_lower() { # OUT, IN..., more flags
+    [ -e "$1" ] || $python -m experiments.augment select --output_path "$1" --data_path "${@:2}"
 }
 
-select_lower "$train" "$out/train.jsonl"
-select_lower "$dev" "$out/dev.jsonl"
-select_lower "$out/dev.jsonl" "$out/dev-fifth.jsonl" --every 5
+select_lower "$out/train.jsonl" "${train[@]}"
+select_lower "$out/dev.jsonl" "${dev[@]}"
+select_lower "$out/dev-fifth.jsonl" "$out/dev.jsonl" --every 5
 
 copy_at_speeds() { # FOLDER, factors
     [ -e "$1/manifest.jsonl" ] || $python -m experiments.augment speed \

@@ -3,7 +3,10 @@
 import json
 import random
 import subprocess
+from collections import Counter
+from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -91,12 +94,15 @@ def test_greedy_ctc_merges_repetitions_and_drops_blanks():
 def test_the_probe_scores_and_counts_what_has_no_room(projector, capsys, tmp_path):
     texts = ["go", "up" * 9]  # 18 tokens in 7 positions
     manifest = str(tiny.make_manifest(tmp_path, texts))
-    ctc_probe.main(["--projector_model_path", projector, "--data_path", manifest])
+    kept = tmp_path / "kept.jsonl"
+    given = ["--projector_model_path", projector, "--data_path", manifest]
+    ctc_probe.main([*given, "--result_path", str(kept)])
     first, second, *table, count = capsys.readouterr().out.splitlines()
     assert first.startswith("go | ")
     assert second.startswith(f"{texts[1]} | ")
     assert table[0].startswith("| WER % | ")
     assert count.startswith("1 of 2 transcripts")
+    assert [row["txt"] for row in read_lines(kept)] == texts
 
 
 def test_utterances_are_joined_until_they_are_long_enough(paths):
@@ -172,6 +178,19 @@ def test_neighbours_of_a_speaker_are_joined_to_long_utterances(tmp_path):
 def test_sentences_are_found_in_what_an_llm_writes():
     story = 'Tom said: "Go home!" He went. Why? In 1990 it rained. ' + "So " * 13 + "on."
     assert augment.find_sentences(story) == ["go home", "he went"]
+
+
+def test_words_of_a_vocabulary_are_drawn_equally_often_the_common_ones_first(tmp_path, monkeypatch):
+    tokens = ["Ġ", "Ġno", "Ġgo", "x", "ĠAnna", "Ġa1", "Ġanna", "Ġrare"]
+    ids = {token: place for place, token in enumerate(tokens)}
+    tokenizer = SimpleNamespace(get_vocab=lambda: dict(sorted(ids.items())))
+    monkeypatch.setattr(augment.AutoTokenizer, "from_pretrained", lambda name: tokenizer)
+    output = tmp_path / "words.txt"
+    given = f"draw --llm_model_name_or_path any --output_path {output} --words 3 --times 20"
+    augment.main(given.split())
+    rows = [line.split() for line in output.read_text().splitlines()]
+    assert Counter(chain(*rows)) == {"no": 20, "go": 20, "anna": 20}
+    assert max(len(row) for row in rows) <= 3  # all that are drawn at a time
 
 
 def test_sentences_and_numbers_are_spoken(tmp_path):

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# A projector like the one that ships (docs/results.md), from the manifests of two corpora:
+#
+#     bash experiments/broad.sh EN EN2 OUT [LLM]
+#
+# from the repository's root, after demo/run.sh, whose models and voice it uses. EN and EN2 are
+# folders with train.jsonl and dev.jsonl; lines have `src` and `spk`. LLM is a folder of
+# demo/models. It trains on both corpora, long utterances joined of short ones, copies of the
+# learners at four other speeds, and a voice that reads the LLM's 8,000 most common words, each
+# twelve times. About two hours on two cores. What is there already is not made again.
+set -euo pipefail
+en=$1 en2=$2 out=$3 llm=${4:-SmolLM2-135M-Instruct}
+train=("$en/train.jsonl" "$en2/train.jsonl") dev=("$en/dev.jsonl" "$en2/dev.jsonl")
+source experiments/common.sh
+whisper=demo/models/base.pt
+models=(demo/models/"$llm" $whisper)
+
+[ -e "$out/joined/manifest.jsonl" ] || $python -m experiments.augment join \
+    --data_path "$out/train.jsonl" --output_dir "$out/joined" --seconds 20 28 --count 400
+[ -e "$out/words.txt" ] || $python -m experiments.augment draw \
+    --llm_model_name_or_path "${models[0]}" --output_path "$out/words.txt"
+[ -e "$out/spoken/manifest.jsonl" ] || $python -m experiments.augment speak \
+    --text_path "$out/words.txt" --output_dir "$out/spoken"
+grep speechocean762 "$out/train.jsonl" > "$out/learners.jsonl"
+[ -e "$out/speed/manifest.jsonl" ] || $python -m experiments.augment speed \
+    --data_path "$out/learners.jsonl" --output_dir "$out/speed" --factors 0.8 0.88 1.12 1.25
+
+real=("$out/train.jsonl" "$out/joined/manifest.jsonl")
+made=("$out/spoken/manifest.jsonl" "$out/speed/manifest.jsonl")
+recipe=(--ctc_weight 1 --lr_scheduler_type cosine --model_max_length 700)
+# the CTC loss alone: of the corpora, then of all
+train "$out/$llm-real" "${models[@]}" --data_path "${real[@]}" "${recipe[@]}" \
+    --ctc_first 1 --max_steps 3400 --learning_rate 1.2e-3 --save_strategy no
+train "$out/$llm-ctc" "${models[@]}" --data_path "${real[@]}" "${made[@]}" "${recipe[@]}" \
+    --projector_model_path "$out/$llm-real/model.safetensors" \
+    --ctc_first 1 --max_steps 3000 --learning_rate 1.5e-3 --save_steps 300
+# then the LLM's loss beside it, and the mean of the last three checkpoints
+train "$out/$llm" "${models[@]}" --data_path "${real[@]}" "${recipe[@]}" \
+    --projector_model_path "$out/$llm-ctc/model.safetensors" \
+    --ctc_first 0 --max_steps 500 --learning_rate 6e-4 --save_steps 50
+$python -m tools.average --projector_model_paths "$out/$llm"/checkpoint-{400,450,500} \
+    --output_path "$out/$llm/projector.safetensors" --half True
+
+for set in speechocean762 cv librispeech; do
+    grep "\"src\": \"$set" "$out/dev.jsonl" > "$out/dev-$set.jsonl"
+    result=$out/$llm/$set
+    [ -e "$result.md" ] || $python recognize.py \
+        --projector_model_path "$out/$llm/projector.safetensors" --bf16 True \
+        --encoder_cache "$out/encoded" --data_path "$out/dev-$set.jsonl" \
+        --result_path "$result.jsonl" --num_beams 1 3 5 8 10 | tee "$result.part"
+    [ -e "$result.md" ] || mv "$result.part" "$result.md"
+    $python -m tools.score --result_path "$result.beam5.jsonl" --by duration
+    [ -e "$out/whisper-$set.jsonl" ] || $python -m tools.whisper_baseline \
+        --whisper_model_name_or_path $whisper --data_path "$out/dev-$set.jsonl" \
+        --result_path "$out/whisper-$set.jsonl"
+    $python -m tools.score --result_path "$out/whisper-$set.jsonl" --by duration
+done
+$python -m experiments.silence --projector_model_path "$out/$llm/projector.safetensors"

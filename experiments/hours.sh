@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# How much speech does it take? And what are transcripts of Whisper's own worth? CTC alone:
+#
+#     bash experiments/hours.sh EN EN2 OUT
+#
+# from the repository's root, after demo/run.sh. EN and EN2 are folders as for broad.sh. Projectors
+# are trained from nothing on every 16th, every 4th and each utterance of both corpora, and on every
+# 16th with Whisper base's own transcripts of three times as many others. All see 19,200 utterances.
+# What is there already is not made again.
+set -euo pipefail
+en=$1 en2=$2 out=$3
+train=("$en/train.jsonl" "$en2/train.jsonl") dev=("$en/dev.jsonl" "$en2/dev.jsonl")
+source experiments/common.sh
+whisper=demo/models/base.pt
+llm=demo/models/SmolLM2-135M-Instruct
+
+select_lower "$out/hours-1.jsonl" "$out/train.jsonl" --every 16
+select_lower "$out/hours-4.jsonl" "$out/train.jsonl" --every 4
+cp "$out/train.jsonl" "$out/hours-16.jsonl"
+# every 4th but for every 16th, without their transcripts
+grep -v -x -F -f "$out/hours-1.jsonl" "$out/hours-4.jsonl" > "$out/others.jsonl"
+[ -e "$out/heard.jsonl" ] || $python -m tools.whisper_baseline --num_beams 1 \
+    --whisper_model_name_or_path $whisper --data_path "$out/others.jsonl" \
+    --result_path "$out/heard-results.jsonl" --as_manifest "$out/heard.jsonl"
+select_lower "$out/pseudo.jsonl" "$out/hours-1.jsonl" "$out/heard.jsonl"
+
+for name in hours-1 hours-4 hours-16 pseudo; do
+    train "$out/$name" $llm $whisper --data_path "$out/$name.jsonl" --ctc_first 1 --ctc_weight 1 \
+        --max_steps 1200 --lr_scheduler_type cosine --learning_rate 1.5e-3 --save_strategy no
+    for set in speechocean762 cv librispeech; do
+        grep "\"src\": \"$set" "$out/dev.jsonl" > "$out/dev-$set.jsonl"
+        [ -e "$out/$name/$set.jsonl" ] || $python -m experiments.ctc_probe --bf16 True \
+            --projector_model_path "$out/$name/model.safetensors" --encoder_cache "$out/encoded" \
+            --data_path "$out/dev-$set.jsonl" --result_path "$out/$name/$set.jsonl"
+    done
+done
+for set in speechocean762 cv librispeech; do
+    $python -m tools.score --result_path "$out"/{hours-1,hours-4,hours-16,pseudo}/$set.jsonl
+done
