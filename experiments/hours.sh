@@ -37,3 +37,4 @@ done
 for set in speechocean762 cv librispeech; do
     $python -m tools.score --result_path "$out"/{hours-1,hours-4,hours-16,pseudo}/$set.jsonl
 done
+$python -m experiments.hours --folder "$out" --output "$out/hours.png"
