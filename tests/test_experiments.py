@@ -16,7 +16,7 @@ import torch
 
 from bench import memory, speed, startup
 from command import InputError
-from experiments import ablate, augment, ctc_probe, long_audio, word_times
+from experiments import ablate, augment, ctc_probe, long_audio, rare_words, silence, word_times
 from loading import read_config
 from manifest import read_manifest
 
@@ -191,6 +191,31 @@ def test_words_of_a_vocabulary_are_drawn_equally_often_the_common_ones_first(tmp
     rows = [line.split() for line in output.read_text().splitlines()]
     assert Counter(chain(*rows)) == {"no": 20, "go": 20, "anna": 20}
     assert max(len(row) for row in rows) <= 3  # all that are drawn at a time
+
+
+def test_errors_are_sorted_by_how_often_training_has_heard_the_word(tmp_path, capsys):
+    texts = ["go on"] * 3 + ["go"]
+    manifest = str(tiny.make_manifest(tmp_path, texts))
+    result = {"wav": "a.wav", "txt": "go on now", "hyp": "go and on and", "duration": 1.0}
+    path = tmp_path / "result.jsonl"
+    path.write_text(json.dumps(result))
+    rare_words.main(["--result_path", str(path), "--data_path", manifest])
+    rows = read_cells(capsys.readouterr().out)
+    assert rows["0"] == ["33.33", "100.00", "33.33"]  # now
+    assert rows["3 to 9"] == ["66.67", "0.00", "0.00"]
+
+
+def test_every_kind_of_sound_without_speech_is_made_alike_in_each_run():
+    sounds = silence.make_sounds()
+    again = silence.make_sounds()
+    assert [len(clips) for clips in sounds.values()] == [10] * 6
+    for kind, clips in sounds.items():
+        for clip, same in zip(clips, again[kind]):
+            assert np.array_equal(clip, same)
+            assert 1 <= len(clip) / 16_000 <= 15
+            assert abs(clip).max() <= 1
+        loudest = max(abs(clip).max() for clip in clips)
+        assert loudest > (1e-5 if kind == "silence" else 0.02)
 
 
 def test_sentences_and_numbers_are_spoken(tmp_path):
