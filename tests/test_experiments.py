@@ -13,10 +13,20 @@ import pytest
 import soundfile
 import tiny
 import torch
+from safetensors.torch import load_file
 
 from bench import memory, speed, startup
 from command import InputError
-from experiments import ablate, augment, ctc_probe, long_audio, rare_words, silence, word_times
+from experiments import (
+    ablate,
+    augment,
+    ctc_probe,
+    graft,
+    long_audio,
+    rare_words,
+    silence,
+    word_times,
+)
 from loading import read_config
 from manifest import read_manifest
 
@@ -216,6 +226,17 @@ def test_every_kind_of_sound_without_speech_is_made_alike_in_each_run():
             assert abs(clip).max() <= 1
         loudest = max(abs(clip).max() for clip in clips)
         assert loudest > (1e-5 if kind == "silence" else 0.02)
+
+
+def test_a_graft_keeps_all_but_the_last_layer(projector, paths, tmp_path):
+    output = tmp_path / "start.safetensors"
+    given = ["--projector_model_path", projector, "--llm_model_name_or_path", paths.llama]
+    graft.main([*given, "--output_path", str(output)])
+    assert read_config(str(output)).llm_model_name_or_path == paths.llama
+    before, after = load_file(projector), load_file(output)
+    for name, tensor in before.items():
+        same = tensor.shape == after[name].shape and torch.equal(tensor, after[name])
+        assert same == ("output" not in name)
 
 
 def test_sentences_and_numbers_are_spoken(tmp_path):
