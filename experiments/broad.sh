@@ -4,12 +4,14 @@
 #     bash experiments/broad.sh EN EN2 OUT [LLM]
 #
 # from the repository's root, after demo/run.sh, whose models and voice it uses. EN and EN2 are
-# folders with train.jsonl and dev.jsonl; lines have `src` and `spk`. LLM is a folder of
-# demo/models. It trains on both corpora, long utterances joined of short ones, copies of the
-# learners at four other speeds, and a voice that reads the LLM's 8,000 most common words, each
-# twelve times. About two hours on two cores. What is there already is not made again.
+# folders with train.jsonl and dev.jsonl; lines have `src` and `spk`. It trains on both corpora, long
+# utterances joined of short ones, copies of the learners at four other speeds, and a voice that
+# reads SmolLM2's 8,000 most common words, each twelve times. About two hours on two cores. LLM is a
+# folder of demo/models: run for another than SmolLM2-135M-Instruct it begins with what SmolLM2's
+# projector in OUT has learnt to hear. What is there already is not made again.
 set -euo pipefail
-en=$1 en2=$2 out=$3 llm=${4:-SmolLM2-135M-Instruct}
+smollm2=SmolLM2-135M-Instruct
+en=$1 en2=$2 out=$3 llm=${4:-$smollm2}
 train=("$en/train.jsonl" "$en2/train.jsonl") dev=("$en/dev.jsonl" "$en2/dev.jsonl")
 source experiments/common.sh
 whisper=demo/models/base.pt
@@ -18,7 +20,7 @@ models=(demo/models/"$llm" $whisper)
 [ -e "$out/joined/manifest.jsonl" ] || $python -m experiments.augment join \
     --data_path "$out/train.jsonl" --output_dir "$out/joined" --seconds 20 28 --count 400
 [ -e "$out/words.txt" ] || $python -m experiments.augment draw \
-    --llm_model_name_or_path "${models[0]}" --output_path "$out/words.txt"
+    --llm_model_name_or_path demo/models/$smollm2 --output_path "$out/words.txt"
 [ -e "$out/spoken/manifest.jsonl" ] || $python -m experiments.augment speak \
     --text_path "$out/words.txt" --output_dir "$out/spoken"
 grep speechocean762 "$out/train.jsonl" > "$out/learners.jsonl"
@@ -29,16 +31,25 @@ real=("$out/train.jsonl" "$out/joined/manifest.jsonl")
 made=("$out/spoken/manifest.jsonl" "$out/speed/manifest.jsonl")
 recipe=(--ctc_weight 1 --lr_scheduler_type cosine --model_max_length 700)
 # the CTC loss alone: of the corpora, then of all
-train "$out/$llm-real" "${models[@]}" --data_path "${real[@]}" "${recipe[@]}" \
-    --ctc_first 1 --max_steps 3400 --learning_rate 1.2e-3 --save_strategy no
+start=$out/$llm-start/model.safetensors
+if [ "$llm" = $smollm2 ]; then
+    ctc_steps=3000 joint=(--max_steps 480 --save_steps 40)
+    train "$out/$llm-start" "${models[@]}" --data_path "${real[@]}" "${recipe[@]}" \
+        --ctc_first 1 --max_steps 3400 --learning_rate 1.2e-3 --save_strategy no
+else
+    ctc_steps=1300 joint=(--max_steps 480 --save_steps 20 --per_device_train_batch_size 8)
+    [ -e "$start" ] || $python -m experiments.graft --llm_model_name_or_path "${models[0]}" \
+        --projector_model_path "$out/$smollm2-ctc/model.safetensors" --output_path "$start"
+fi
 train "$out/$llm-ctc" "${models[@]}" --data_path "${real[@]}" "${made[@]}" "${recipe[@]}" \
-    --projector_model_path "$out/$llm-real/model.safetensors" \
-    --ctc_first 1 --max_steps 3000 --learning_rate 1.5e-3 --save_steps 300
+    --projector_model_path "$start" \
+    --ctc_first 1 --max_steps $ctc_steps --learning_rate 1.5e-3 --save_strategy no
 # then the LLM's loss beside it, and the mean of the last three checkpoints
 train "$out/$llm" "${models[@]}" --data_path "${real[@]}" "${recipe[@]}" \
     --projector_model_path "$out/$llm-ctc/model.safetensors" \
-    --ctc_first 0 --max_steps 500 --learning_rate 6e-4 --save_steps 50
-$python -m tools.average --projector_model_paths "$out/$llm"/checkpoint-{400,450,500} \
+    --ctc_first 0 --learning_rate 6e-4 "${joint[@]}"
+mapfile -t checkpoints < <(ls -d "$out/$llm"/checkpoint-* | sort -V | tail -3)
+$python -m tools.average --projector_model_paths "${checkpoints[@]}" \
     --output_path "$out/$llm/projector.safetensors" --half True
 
 for set in speechocean762 cv librispeech; do

@@ -17,7 +17,7 @@ from scoring import error_rate, format_table
 from tools.plot import DOTS, HEIGHT, WIDTH
 from tools.score import read_results
 
-PARTS = ("hours-1", "hours-4", "hours-16")
+PARTS = ("hours-1", "hours-2", "hours-4", "hours-16")
 SETS = {"speechocean762": "learners", "cv": "Common Voice", "librispeech": "LibriSpeech"}
 
 

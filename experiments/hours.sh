@@ -4,9 +4,9 @@
 #     bash experiments/hours.sh EN EN2 OUT
 #
 # from the repository's root, after demo/run.sh. EN and EN2 are folders as for broad.sh. Projectors
-# are trained from nothing on every 16th, every 4th and each utterance of both corpora, and on every
-# 16th with Whisper base's own transcripts of three times as many others. All see 19,200 utterances.
-# What is there already is not made again.
+# are trained from nothing on every 16th, 8th, 4th and each utterance of both corpora, and on every
+# 16th with as many others that have Whisper base's own transcripts. All see 12,800 utterances. What
+# is there already is not made again.
 set -euo pipefail
 en=$1 en2=$2 out=$3
 train=("$en/train.jsonl" "$en2/train.jsonl") dev=("$en/dev.jsonl" "$en2/dev.jsonl")
@@ -14,19 +14,20 @@ source experiments/common.sh
 whisper=demo/models/base.pt
 llm=demo/models/SmolLM2-135M-Instruct
 
-select_lower "$out/hours-1.jsonl" "$out/train.jsonl" --every 16
-select_lower "$out/hours-4.jsonl" "$out/train.jsonl" --every 4
+for every in 16 8 4; do
+    select_lower "$out/hours-$((16 / every)).jsonl" "$out/train.jsonl" --every $every
+done
 cp "$out/train.jsonl" "$out/hours-16.jsonl"
-# every 4th but for every 16th, without their transcripts
-grep -v -x -F -f "$out/hours-1.jsonl" "$out/hours-4.jsonl" > "$out/others.jsonl"
-[ -e "$out/heard.jsonl" ] || $python -m tools.whisper_baseline --num_beams 1 \
+# what is in the 2 hours alone, without its transcripts
+grep -v -x -F -f "$out/hours-1.jsonl" "$out/hours-2.jsonl" > "$out/others.jsonl"
+[ -e "$out/heard-results.jsonl" ] || $python -m tools.whisper_baseline --num_beams 1 \
     --whisper_model_name_or_path $whisper --data_path "$out/others.jsonl" \
     --result_path "$out/heard-results.jsonl" --as_manifest "$out/heard.jsonl"
 select_lower "$out/pseudo.jsonl" "$out/hours-1.jsonl" "$out/heard.jsonl"
 
-for name in hours-1 hours-4 hours-16 pseudo; do
+for name in hours-1 hours-2 hours-4 hours-16 pseudo; do
     train "$out/$name" $llm $whisper --data_path "$out/$name.jsonl" --ctc_first 1 --ctc_weight 1 \
-        --max_steps 1200 --lr_scheduler_type cosine --learning_rate 1.5e-3 --save_strategy no
+        --max_steps 800 --lr_scheduler_type cosine --learning_rate 1.5e-3 --save_strategy no
     for set in speechocean762 cv librispeech; do
         grep "\"src\": \"$set" "$out/dev.jsonl" > "$out/dev-$set.jsonl"
         [ -e "$out/$name/$set.jsonl" ] || $python -m experiments.ctc_probe --bf16 True \
@@ -35,6 +36,6 @@ for name in hours-1 hours-4 hours-16 pseudo; do
     done
 done
 for set in speechocean762 cv librispeech; do
-    $python -m tools.score --result_path "$out"/{hours-1,hours-4,hours-16,pseudo}/$set.jsonl
+    $python -m tools.score --result_path "$out"/{hours-*,pseudo}/$set.jsonl
 done
 $python -m experiments.hours --folder "$out" --output "$out/hours.png"

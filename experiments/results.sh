@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A projector like that of commit b48c120 (docs/results.md), from manifests:
+# A projector like that of commit b48c120 (docs/results_learners.md), from manifests:
 #
 #     bash experiments/results.sh TRAIN.jsonl DEV.jsonl WHISPER.pt OUT [SEED]
 #
