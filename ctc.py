@@ -142,14 +142,18 @@ def align(
 class PrefixScores(LogitsProcessor):
     """Adds CTC's log-probabilities, times `weight`, to the LLM's in each step of a search.
 
-    A hypothesis has the probability that the audio begins with it, whatever follows, and one that
-    ends has that of being all that is said. So what it leaves out or makes up counts at once. From
-    Watanabe et al. 2017, "Hybrid CTC/Attention Architecture for End-to-End Speech Recognition",
-    algorithm 2; the sum over positions is a product of matrices here, for all classes at once.
+    From Watanabe et al. 2017, "Hybrid CTC/Attention Architecture for End-to-End Speech
+    Recognition", algorithm 2; the sum over positions is a product of matrices here, for all classes
+    at once. So what a hypothesis leaves out or makes up counts at once.
+
+    Probabilities of each position are divided by that of its best class. This adds the same to all
+    hypotheses when they end, but until then it charges what they have not come to yet as if the
+    best were said there. Without it, those that put off what is hard to hear push out the others.
 
     Classes are the blank, common tokens, and of the others those that are nearest to a position at
-    which something is said. Nothing else is ever said, and `stop_ids` end. A blank says nothing,
-    and does not follow another.
+    which something is said. Nothing else is ever said, and `stop_ids` end. A blank says nothing and
+    costs nothing, so it is said only where the LLM prefers it to all else together, as before
+    digits, and never twice.
     """
 
     def __init__(
@@ -186,7 +190,8 @@ class PrefixScores(LogitsProcessor):
         padded = pad_sequence(audio, batch_first=True)
         logits = padded.to(rows.dtype) @ rows.T * scale
         logits = logits.masked_fill(is_foreign[:, None], -torch.inf)
-        probabilities = logits.float().softmax(-1)
+        best = logits.float().amax(-1, keepdim=True)
+        probabilities = (logits - best).exp()  # over that of the best class
         # behind its end an utterance goes on in blanks, which cost nothing
         lengths = torch.tensor([len(x) for x in audio])
         positions = torch.arange(padded.shape[1])
@@ -202,7 +207,7 @@ class PrefixScores(LogitsProcessor):
         start = self.blanks.cumsum(1)
         self.in_blank = pad(start, (1, 0))  # (B * N, A + 1)
         self.in_token = torch.full_like(self.in_blank, NEVER)
-        self.prefix = self.in_blank[:, 0]  # (B * N,), that the audio begins with the hypothesis
+        self.prefix = self.in_blank[:, 0]  # (B * N,), that the hypothesis is said to its end
         hypotheses = len(self.prefix)
         self.said_last = torch.full([hypotheses], blank_id, device=device)  # tokens
         self.hypotheses = self.said_last[:, None][:, :0]  # none has a token yet
@@ -214,7 +219,7 @@ class PrefixScores(LogitsProcessor):
         both = torch.full_like(scores, -torch.inf)
         in_either = torch.logaddexp(self.in_blank, self.in_token)
         parts = [
-            (self.classes, self.score_classes(input_ids, in_either)),
+            (self.classes, self.score_classes(input_ids, scores, in_either)),
             (self.stop_ids, self.score_end(in_either)),
         ]
         for tokens, gains in parts:
@@ -222,7 +227,7 @@ class PrefixScores(LogitsProcessor):
             both[:, tokens] = scores[:, tokens] + weighted
         return both
 
-    def score_classes(self, input_ids: Tensor, in_either: Tensor) -> Tensor:
+    def score_classes(self, input_ids: Tensor, scores: Tensor, in_either: Tensor) -> Tensor:
         """What each class (B * N, P) as the next token adds to a hypothesis's log-probability."""
         shares = self.share(in_either)
         of_utterances = shares.unflatten(0, (-1, self.num_beams))  # (B, N, A)
@@ -233,18 +238,18 @@ class PrefixScores(LogitsProcessor):
         gains_again = log(said_again.sum(1))
         classes = self.find(self.said_last)[:, None]
         gains.scatter_(1, classes, gains_again[:, None])
-        # a blank is nothing that is said
         begun = pad(input_ids, (1, 0), value=-1)
-        newest = begun[:, -1:]
-        gains_of_blank = torch.where(newest == self.blank_id, NEVER, 0.0)
-        gains = torch.where(self.is_blank, gains_of_blank, gains)
+        is_preferred = scores.softmax(-1)[:, self.blank_id] > 0.5
+        may_follow = is_preferred & (begun[:, -1] != self.blank_id)
+        gains_of_blank = torch.where(may_follow, 0.0, NEVER)
+        gains = torch.where(self.is_blank, gains_of_blank[:, None], gains)
         return gains.masked_fill(self.is_foreign, -torch.inf)
 
     def score_end(self, in_either: Tensor) -> Tensor:
         """What its end adds to a hypothesis's log-probability (B * N, 1)."""
         whole = in_either[:, -1]
         gains = whole - self.prefix
-        return gains.clamp(max=0)[:, None]
+        return gains[:, None]
 
     def extend(self, input_ids: Tensor) -> None:
         """Go on from the states of the hypotheses before to those of these, with a token more."""
@@ -290,7 +295,7 @@ class PrefixScores(LogitsProcessor):
     def share(self, state: Tensor) -> Tensor:
         """A state's part of the hypothesis's probability, before each position (B * N, A)."""
         logarithms = state[:, :-1] - self.prefix[:, None]
-        return logarithms.clamp(max=0).exp().float()
+        return logarithms.exp().float()
 
     def find(self, tokens: Tensor) -> Tensor:
         """The classes of tokens, in their shape; any class for those that have none."""
@@ -326,9 +331,9 @@ def find_nearest(audio: Tensor, embeddings: nn.Embedding, count: int) -> Tensor:
 
 
 def log(probabilities: Tensor) -> Tensor:
-    """Logarithms, from that of the smallest float32, -87, to that of 1."""
+    """Logarithms, but none below that of the smallest float32, -87."""
     smallest = torch.finfo(torch.float32).tiny
-    return probabilities.clamp(smallest, 1).log()
+    return probabilities.clamp(min=smallest).log()
 
 
 def add_alignments(before: Tensor, steps: Tensor) -> Tensor:

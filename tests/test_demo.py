@@ -10,8 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import soundfile
+import torch
+from safetensors.torch import load_file
 
 from demo import models, report, speech
+from loading import read_config
 from manifest import read_manifest
 
 ROOT = Path(__file__).parents[1]
@@ -156,7 +159,7 @@ def run_demo(folder, *arguments):
     """The commands that demo/run.sh gives Python, which is not there to take them."""
     python = folder / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    folders = "demo/exp/trained demo/exp/qwen2.5-0.5b"
+    folders = "demo/exp/trained demo/exp/qwen2.5-0.5b/trained"
     python.write_text(f'#!/bin/sh\necho "$@" >> calls.txt\nmkdir -p {folders}\n')
     python.chmod(0o755)
     (folder / "demo").mkdir()
@@ -171,9 +174,28 @@ def test_the_demo_fetches_another_llm_only_where_it_is_asked_for(tmp_path):
     assert "qwen" not in calls.lower()
     assert "demo/models/SmolLM2-135M-Instruct --whisper" in calls
     calls = run_demo(tmp_path / "qwen", "--llm", "qwen2.5-0.5b")
-    assert "models.py demo/models smollm2 base qwen2.5-0.5b\n" in calls
+    assert "models.py demo/models qwen2.5-0.5b base\n" in calls
+    assert "smollm2" not in calls.lower()
     made = models.MODELS["qwen2.5-0.5b"][2]
     [training] = [call for call in calls.splitlines() if call.startswith("train.py")]
     assert f"--llm_model_name_or_path demo/models/{made} " in training
-    assert "--output_dir demo/exp/qwen2.5-0.5b " in training
-    assert "--projector_model_path" not in training
+    assert "--output_dir demo/exp/qwen2.5-0.5b/trained " in training
+    assert "--projector_model_path demo/projector-qwen2.5-0.5b.safetensors" in training
+
+
+@pytest.mark.parametrize(
+    "file, llm, width",
+    [
+        ("projector.safetensors", "smollm2", 576),
+        ("projector-qwen2.5-0.5b.safetensors", "qwen2.5-0.5b", 896),
+    ],
+)
+def test_a_projector_that_ships_is_small_and_names_the_demo_s_models(file, llm, width):
+    path = ROOT / "demo" / file
+    assert path.stat().st_size < 9_000_000
+    config = read_config(str(path))
+    assert config.llm_model_name_or_path == f"demo/models/{models.MODELS[llm][2]}"
+    assert config.whisper_model_name_or_path == f"demo/models/{models.MODELS['base'][2]}"
+    weights = load_file(path)
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    assert weights["projector.output.weight"].shape == (width, 2048)
