@@ -18,7 +18,7 @@ from transformers import LogitsProcessor
 COMMON_TOKENS = 8192  # always among the classes: the first tokens of a vocabulary are the common
 RIVALS = 4096  # of the other tokens that are classes in training, drawn for each batch
 NEAREST = 10  # of the other tokens that are classes in recognition, for each position
-CTC_WEIGHT = 3.0  # of CTC beside the LLM in recognition
+CTC_WEIGHT = 2.0  # of CTC beside the LLM in recognition
 NEVER = -1e6  # log-probability of what cannot be; finite, so that differences are numbers
 
 
