@@ -5,7 +5,8 @@
 
 joins the utterances, with half a second of silence behind each, to recordings of about so many
 seconds. As a whole means as recognize.py does it: windows of 30 s are joined before the projector.
-The pieces are those of tools/transcribe.py.
+The pieces are those of tools/transcribe.py. With --whisper_model_name_or_path Whisper's own decoder
+has a row, too.
 """
 
 from dataclasses import dataclass
@@ -15,11 +16,12 @@ from transformers.hf_argparser import HfArg
 from whisper.audio import SAMPLE_RATE
 
 from command import parse_arguments, run_command
-from loading import load
+from loading import load, load_whisper
 from machine import get_process
 from manifest import Utterance, read_manifest
 from recognize import make_result, recognize
 from scoring import choose_metric, format_table, score
+from tools import whisper_baseline
 from tools.transcribe import transcribe
 
 PAUSE = np.zeros(SAMPLE_RATE // 2, np.float32)
@@ -31,6 +33,9 @@ class Arguments:
     data_path: list[str] = HfArg(help="JSONL manifests.")
     seconds: float = HfArg(default=300.0, help="How long a recording is at least, but the last.")
     num_beams: int = HfArg(default=3, help="Width of the beam.")
+    whisper_model_name_or_path: str | None = HfArg(
+        default=None, help="A Whisper to compare with, tiny ... turbo, or its .pt file."
+    )
 
 
 def join(utterances: list[Utterance], seconds: float) -> list[Utterance]:
@@ -65,8 +70,15 @@ def main(argv: list[str] | None = None) -> None:
 
     minutes = sum(recording.duration for recording in recordings) / 60
     print(f"{len(recordings)} recordings, {minutes:.1f} minutes, beam {args.num_beams}")
+    ways = {"as a whole": whole, "in pieces": pieces}
+    if args.whisper_model_name_or_path is not None:
+        own = load_whisper(args.whisper_model_name_or_path)
+        texts = [whisper_baseline.decode(own, waveform, "en", 5)[0] for waveform in waveforms]
+        ways["Whisper's own decoder"] = [
+            {**result, "hyp": text} for result, text in zip(whole, texts)
+        ]
     table = []
-    for name, results in (("as a whole", whole), ("in pieces", pieces)):
+    for name, results in ways.items():
         metric, normalizer = choose_metric(results, "auto", "auto")
         table.append({"way": name, **score(results, metric, normalizer)})
     print(format_table(table))

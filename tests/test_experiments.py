@@ -7,6 +7,7 @@ from collections import Counter
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -123,12 +124,16 @@ def test_utterances_are_joined_until_they_are_long_enough(paths):
     assert len(joined[2].samples) == round(joined[2].duration * 16_000)
 
 
-def test_long_audio_is_scored_as_a_whole_and_in_pieces(inputs, capsys):
-    long_audio.main([*inputs, "--seconds", "40"])
+def test_long_audio_is_scored_as_a_whole_and_in_pieces(inputs, paths, capsys, monkeypatch):
+    decode = Mock(return_value=("go no", 0.0))
+    monkeypatch.setattr(long_audio.whisper_baseline, "decode", decode)
+    own = ["--whisper_model_name_or_path", paths.whisper]
+    long_audio.main([*inputs, "--seconds", "40", *own])
     rows = read_cells(capsys.readouterr().out)
     # under 30 s the whole is one piece
     assert rows["as a whole"] == rows["in pieces"]
     assert rows["in pieces"][-1] == "1"  # recording
+    assert "Whisper's own decoder" in rows
 
 
 def test_transcripts_become_lower_case_words_and_some_are_left_out(tmp_path):
