@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor
 
 COMMON_TOKENS = 8192  # always among the classes: the first tokens of a vocabulary are the common
-RIVALS = 4096  # of the other tokens that are classes in training, drawn for each batch
+RIVALS = 4096  # other tokens that are drawn as classes in training, for each batch
 NEAREST = 10  # of the other tokens that are classes in recognition, for each position
 CTC_WEIGHT = 2.0  # of CTC beside the LLM in recognition
 NEVER = -1e6  # log-probability of what cannot be; finite, so that differences are numbers
@@ -77,7 +77,7 @@ def ctc_loss(
 
 
 def draw_rivals(targets: list[list[int]], vocabulary: int) -> list[int]:
-    """RIVALS of the tokens that are not common, always the same for the same targets."""
+    """RIVALS tokens that are not common, some of them twice; the same for the same targets."""
     if vocabulary <= COMMON_TOKENS:
         return []
     generator = torch.Generator().manual_seed(sum(chain(*targets)))
@@ -268,6 +268,7 @@ class PrefixScores(LogitsProcessor):
         into_token = add_alignments(before, steps)
         into_blank = add_alignments(into_token[:, :-1], self.blanks)
         extended = (before + steps).logsumexp(1)
+        extended = extended.clamp(min=NEVER)
 
         is_blank = token == self.blank_id
         self.prefix = torch.where(is_blank, prefix, extended)

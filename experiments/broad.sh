@@ -4,7 +4,8 @@
 #     bash experiments/broad.sh EN EN2 OUT [LLM]
 #
 # from the repository's root, after demo/run.sh, whose models and voice it uses. EN and EN2 are
-# folders with train.jsonl and dev.jsonl; lines have `src` and `spk`. It trains on both corpora, long
+# folders with train.jsonl and dev.jsonl; lines have `spk`, and `src` that begins with
+# speechocean762, cv or librispeech. It trains on both corpora, long
 # utterances joined of short ones, copies of the learners at four other speeds, and a voice that
 # reads SmolLM2's 8,000 most common words, each twelve times. About two hours on two cores. LLM is a
 # folder of demo/models: run for another than SmolLM2-135M-Instruct it begins with what SmolLM2's
@@ -23,7 +24,11 @@ models=(demo/models/"$llm" $whisper)
     --llm_model_name_or_path demo/models/$smollm2 --output_path "$out/words.txt"
 [ -e "$out/spoken/manifest.jsonl" ] || $python -m experiments.augment speak \
     --text_path "$out/words.txt" --output_dir "$out/spoken"
-grep speechocean762 "$out/train.jsonl" > "$out/learners.jsonl"
+sets=(speechocean762 cv librispeech)
+select_source "$out/learners.jsonl" "$out/train.jsonl" speechocean762
+for set in "${sets[@]}"; do
+    select_source "$out/dev-$set.jsonl" "$out/dev.jsonl" "$set"
+done
 [ -e "$out/speed/manifest.jsonl" ] || $python -m experiments.augment speed \
     --data_path "$out/learners.jsonl" --output_dir "$out/speed" --factors 0.8 0.88 1.12 1.25
 
@@ -52,8 +57,7 @@ mapfile -t checkpoints < <(ls -d "$out/$llm"/checkpoint-* | sort -V | tail -3)
 $python -m tools.average --projector_model_paths "${checkpoints[@]}" \
     --output_path "$out/$llm/projector.safetensors" --half True
 
-for set in speechocean762 cv librispeech; do
-    grep "\"src\": \"$set" "$out/dev.jsonl" > "$out/dev-$set.jsonl"
+for set in "${sets[@]}"; do
     result=$out/$llm/$set
     [ -e "$result.md" ] || $python recognize.py \
         --projector_model_path "$out/$llm/projector.safetensors" --bf16 True \

@@ -10,6 +10,13 @@ select_lower() { # OUT, IN..., more flags
     [ -e "$1" ] || $python -m experiments.augment select --output_path "$1" --data_path "${@:2}"
 }
 
+select_source() { # OUT, IN, how the lines' src begins
+    grep "\"src\": \"$3" "$2" > "$1" || {
+        echo "$2: no line has a src that begins with $3" >&2
+        exit 2
+    }
+}
+
 select_lower "$out/train.jsonl" "${train[@]}"
 select_lower "$out/dev.jsonl" "${dev[@]}"
 select_lower "$out/dev-fifth.jsonl" "$out/dev.jsonl" --every 5

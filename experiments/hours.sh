@@ -20,22 +20,26 @@ done
 cp "$out/train.jsonl" "$out/hours-16.jsonl"
 # what is in the 2 hours alone, without its transcripts
 grep -v -x -F -f "$out/hours-1.jsonl" "$out/hours-2.jsonl" > "$out/others.jsonl"
-[ -e "$out/heard-results.jsonl" ] || $python -m tools.whisper_baseline --num_beams 1 \
+[ -s "$out/heard.jsonl" ] || $python -m tools.whisper_baseline --num_beams 1 \
     --whisper_model_name_or_path $whisper --data_path "$out/others.jsonl" \
     --result_path "$out/heard-results.jsonl" --as_manifest "$out/heard.jsonl"
+# numbers that Whisper wrote in digits are lost to the transcripts
 select_lower "$out/pseudo.jsonl" "$out/hours-1.jsonl" "$out/heard.jsonl"
 
+sets=(speechocean762 cv librispeech)
+for set in "${sets[@]}"; do
+    select_source "$out/dev-$set.jsonl" "$out/dev.jsonl" "$set"
+done
 for name in hours-1 hours-2 hours-4 hours-16 pseudo; do
     train "$out/$name" $llm $whisper --data_path "$out/$name.jsonl" --ctc_first 1 --ctc_weight 1 \
         --max_steps 800 --lr_scheduler_type cosine --learning_rate 1.5e-3 --save_strategy no
-    for set in speechocean762 cv librispeech; do
-        grep "\"src\": \"$set" "$out/dev.jsonl" > "$out/dev-$set.jsonl"
+    for set in "${sets[@]}"; do
         [ -e "$out/$name/$set.jsonl" ] || $python -m experiments.ctc_probe --bf16 True \
             --projector_model_path "$out/$name/model.safetensors" --encoder_cache "$out/encoded" \
             --data_path "$out/dev-$set.jsonl" --result_path "$out/$name/$set.jsonl"
     done
 done
-for set in speechocean762 cv librispeech; do
+for set in "${sets[@]}"; do
     $python -m tools.score --result_path "$out"/{hours-*,pseudo}/$set.jsonl
 done
 $python -m experiments.hours --folder "$out" --output "$out/hours.png"

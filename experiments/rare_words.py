@@ -6,7 +6,6 @@ prints a row for each range of counts: its share of the words that are said, how
 wrong, and how many points of the WER that is. Inserted words are not counted.
 """
 
-import re
 from bisect import bisect
 from collections import Counter
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from transformers.hf_argparser import HfArg
 from command import parse_arguments, run_command
 from manifest import read_manifest
 from scoring import format_table, normalize
-from tools.score import read_results
+from tools.score import has_transcript, read_results
 
 RANGES = ("0", "1 to 2", "3 to 9", "10 to 29", "30 to 99", "100 and more")
 STARTS = (1, 3, 10, 30, 100)  # the least count of each range but the first
@@ -33,12 +32,9 @@ class Arguments:
 def count_words(manifests: list[str]) -> Counter:
     counts = Counter()
     for utterance in read_manifest(manifests):
-        counts.update(split_words(utterance.text))
+        said, _ = normalize({"txt": utterance.text, "hyp": ""}, "english")
+        counts.update(said.split())
     return counts
-
-
-def split_words(text: str) -> list[str]:
-    return re.findall("[a-z']+", text.lower())
 
 
 def sort_errors(results: list[dict], counts: Counter) -> tuple[Counter, Counter]:
@@ -60,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     counts = count_words(args.data_path)
     results = []
     for path in args.result_path:
-        results += read_results(path)
+        results += [result for result in read_results(path) if has_transcript(result)]
     words, errors = sort_errors(results, counts)
     table = []
     for place in RANGES:

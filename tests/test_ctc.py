@@ -243,6 +243,8 @@ def test_what_cannot_be_gains_nothing():
         assert not both.isnan().any()
         if length == 2:  # a third token, but no end
             assert (both[0, 1:] < -40).all()
+        if length > 2:  # what it has cost is not given back
+            assert (both < 3).all()
 
 
 def test_positions_near_the_blank_are_dropped_whatever_their_length():

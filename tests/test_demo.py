@@ -159,7 +159,7 @@ def run_demo(folder, *arguments):
     """The commands that demo/run.sh gives Python, which is not there to take them."""
     python = folder / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    folders = "demo/exp/trained demo/exp/qwen2.5-0.5b/trained"
+    folders = "demo/exp/trained demo/exp/from-scratch demo/exp/qwen2.5-0.5b/trained"
     python.write_text(f'#!/bin/sh\necho "$@" >> calls.txt\nmkdir -p {folders}\n')
     python.chmod(0o755)
     (folder / "demo").mkdir()
@@ -181,6 +181,11 @@ def test_the_demo_fetches_another_llm_only_where_it_is_asked_for(tmp_path):
     assert f"--llm_model_name_or_path demo/models/{made} " in training
     assert "--output_dir demo/exp/qwen2.5-0.5b/trained " in training
     assert "--projector_model_path demo/projector-qwen2.5-0.5b.safetensors" in training
+    for name in ("heard", "before", "trained/after"):
+        assert f"--result_path demo/exp/qwen2.5-0.5b/{name}.jsonl" in calls
+    calls = run_demo(tmp_path / "nothing", "--from-scratch")
+    [training] = [call for call in calls.splitlines() if call.startswith("train.py")]
+    assert "--projector_model_path" not in training
 
 
 @pytest.mark.parametrize(

@@ -209,15 +209,15 @@ def test_words_of_a_vocabulary_are_drawn_equally_often_the_common_ones_first(tmp
 
 
 def test_errors_are_sorted_by_how_often_training_has_heard_the_word(tmp_path, capsys):
-    texts = ["go on"] * 3 + ["go"]
+    texts = ["go on one two"] * 3 + ["go"]
     manifest = str(tiny.make_manifest(tmp_path, texts))
-    result = {"wav": "a.wav", "txt": "go on now", "hyp": "go and on and", "duration": 1.0}
+    result = {"wav": "a.wav", "txt": "go on one two now", "hyp": "go and on 12", "duration": 1.0}
     path = tmp_path / "result.jsonl"
     path.write_text(json.dumps(result))
     rare_words.main(["--result_path", str(path), "--data_path", manifest])
     rows = read_cells(capsys.readouterr().out)
-    assert rows["0"] == ["33.33", "100.00", "33.33"]  # now
-    assert rows["3 to 9"] == ["66.67", "0.00", "0.00"]
+    assert rows["0"] == ["20.00", "100.00", "20.00"]  # now
+    assert rows["3 to 9"] == ["80.00", "0.00", "0.00"]
 
 
 def test_every_kind_of_sound_without_speech_is_made_alike_in_each_run():

@@ -89,8 +89,11 @@ def test_results_are_grouped_by_a_key_or_by_duration(tmp_path, capsys):
     score.main(["--result_path", str(path), "--by", "duration"])
     rows = read_table(capsys.readouterr().out, tmp_path)
     assert [row["duration"] for row in rows] == ["0 to 2 s", "2 to 4 s", "17 s and more"]
+    first = write_results(tmp_path / "first.jsonl", {"txt": "go", "hyp": "go", "src": "x"})
+    before = first.read_text()
     with pytest.raises(InputError, match="--by src: no line has that key; .* spk"):
-        score.main(["--result_path", str(path), "--by", "src"])
+        score.main(["--result_path", str(first), str(path), "--by", "src"])
+    assert first.read_text() == before
 
 
 def test_results_that_call_for_different_scores_are_left_as_they_are(tmp_path):

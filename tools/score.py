@@ -125,10 +125,11 @@ def report(
     for path, results in results_by_path.items():
         scored[path] = [result for result in results if has_transcript(result)]
     metric, normalizer = choose_for_all(scored, metric, normalizer)
+    groups = {path: group(results, by) for path, results in scored.items()}
 
     table, dropped = [], []
     for path, results in results_by_path.items():
-        for name, members in group(scored[path], by).items():
+        for name, members in groups[path].items():
             row = {"result": str(path)}
             if by is not None:
                 row[by] = name
