@@ -2,7 +2,8 @@
 
     python -m experiments.hours --folder OUT --output docs/hours.png
 
-OUT is the folder of hours.sh. It prints the same as a table. Needs tools/requirements.txt.
+OUT is the folder of hours.sh, of which it takes what is there. It prints the same as a table. Needs
+tools/requirements.txt.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from scoring import error_rate, format_table
 from tools.plot import DOTS, HEIGHT, WIDTH
 from tools.score import read_results
 
-PARTS = ("hours-1", "hours-2", "hours-4", "hours-16")
 SETS = {"speechocean762": "learners", "cv": "Common Voice", "librispeech": "LibriSpeech"}
 
 
@@ -58,7 +58,9 @@ def draw(rows: list[dict]) -> Figure:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(Arguments, argv)
-    rows = [measure(args.folder, part) for part in PARTS]
+    parts = [path.parent.name for path in args.folder.glob("hours-*/librispeech.jsonl")]
+    rows = [measure(args.folder, part) for part in parts]
+    rows.sort(key=lambda row: row["hours"])
     print(format_table(rows))
     draw(rows).savefig(args.output, dpi=DOTS)
 

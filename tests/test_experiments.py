@@ -23,6 +23,7 @@ from experiments import (
     augment,
     ctc_probe,
     graft,
+    hours,
     long_audio,
     rare_words,
     silence,
@@ -242,6 +243,26 @@ def test_a_graft_keeps_all_but_the_last_layer(projector, paths, tmp_path):
     for name, tensor in before.items():
         same = tensor.shape == after[name].shape and torch.equal(tensor, after[name])
         assert same == ("output" not in name)
+
+
+def test_error_rates_are_drawn_over_hours(tmp_path, capsys, monkeypatch):
+    def read_hours(paths):
+        hours_of_part = float(Path(paths[0]).stem.removeprefix("hours-"))
+        return [SimpleNamespace(duration=3600 * hours_of_part)]
+
+    monkeypatch.setattr(hours, "read_manifest", read_hours)
+    for part, recognised in (("hours-16", "go on"), ("hours-4", "go")):
+        (tmp_path / part).mkdir()
+        result = {"wav": "a.wav", "txt": "go on", "hyp": recognised, "duration": 1.0}
+        for name in hours.SETS:
+            (tmp_path / part / f"{name}.jsonl").write_text(json.dumps(result))
+    output = tmp_path / "hours.png"
+    hours.main(["--folder", str(tmp_path), "--output", str(output)])
+    rows = read_cells(capsys.readouterr().out)
+    assert rows["4.0"] == ["50.00"] * 3
+    assert rows["16.0"] == ["0.00"] * 3
+    assert list(rows)[2:] == ["4.0", "16.0"]
+    assert output.stat().st_size > 1000
 
 
 def test_sentences_and_numbers_are_spoken(tmp_path):
