@@ -33,7 +33,7 @@ case "$*" in
         llm=Qwen2.5-0.5B-Instruct
         models=(qwen2.5-0.5b base) models_take="623 MB, 3 minutes"
         trained=$exp/trained
-        training="training its projector on these commands: about 8 minutes; without AVX-512 30"
+        training="training its projector on these commands: 3 minutes; without AVX-512 about 15"
         start+=(--projector_model_path $shipped)
         ;;
     *)
