@@ -49,17 +49,17 @@ def ctc_loss(
 
     Audio is (A, D) for each target, or that of one utterance for all targets. Logits are `scale`
     times the products with the embeddings of the classes: the blank, common tokens, what `targets`
-    have, and some of the others, as what is never a class is never told to keep away from audio.
-    Of a target with more tokens than its audio has positions (or as many, one of
-    them doubled) the loss is infinite, or 0 with `zero_infinity`.
+    have, and some of the others, as what is never a class is never told to keep away from audio. Of
+    a target with more tokens than its audio has positions (or as many, one of them doubled) the
+    loss is infinite, or 0 with `zero_infinity`.
     """
     common = range(min(COMMON_TOKENS, embeddings.num_embeddings))
+    others = [*common, *draw_rivals(targets, embeddings.num_embeddings)]
     # classes are counted on the CPU: how many there are, a GPU could not say without a wait
-    rivals = draw_rivals(targets, embeddings.num_embeddings)
-    tokens = torch.tensor([*common, blank_id, *chain(*targets), *rivals])
+    tokens = torch.tensor([*others, blank_id, *chain(*targets)])
     classes, index = tokens.unique(return_inverse=True)  # (P,), and the place of each token in it
-    blank_class = int(index[len(common)])
-    target_classes = index[len(common) + 1 : len(index) - len(rivals)]
+    blank_class = int(index[len(others)])
+    target_classes = index[len(others) + 1 :]
 
     device = audio[0].device
     rows = embeddings(send(classes, device))  # (P, D)

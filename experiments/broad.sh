@@ -24,13 +24,9 @@ models=(demo/models/"$llm" $whisper)
     --llm_model_name_or_path demo/models/$smollm2 --output_path "$out/words.txt"
 [ -e "$out/spoken/manifest.jsonl" ] || $python -m experiments.augment speak \
     --text_path "$out/words.txt" --output_dir "$out/spoken"
-sets=(speechocean762 cv librispeech)
+split_dev
 select_source "$out/learners.jsonl" "$out/train.jsonl" speechocean762
-for set in "${sets[@]}"; do
-    select_source "$out/dev-$set.jsonl" "$out/dev.jsonl" "$set"
-done
-[ -e "$out/speed/manifest.jsonl" ] || $python -m experiments.augment speed \
-    --data_path "$out/learners.jsonl" --output_dir "$out/speed" --factors 0.8 0.88 1.12 1.25
+copy_at_speeds "$out/speed" "$out/learners.jsonl" 0.8 0.88 1.12 1.25
 
 real=("$out/train.jsonl" "$out/joined/manifest.jsonl")
 made=("$out/spoken/manifest.jsonl" "$out/speed/manifest.jsonl")
@@ -59,11 +55,11 @@ $python -m tools.average --projector_model_paths "${checkpoints[@]}" \
 
 for set in "${sets[@]}"; do
     result=$out/$llm/$set
-    [ -e "$result.md" ] || $python recognize.py \
-        --projector_model_path "$out/$llm/projector.safetensors" --bf16 True \
-        --encoder_cache "$out/encoded" --data_path "$out/dev-$set.jsonl" \
-        --result_path "$result.jsonl" --num_beams 1 3 5 8 10 | tee "$result.part"
-    [ -e "$result.md" ] || mv "$result.part" "$result.md"
+    if [ ! -e "$result.md" ]; then
+        recognize "$out/$llm/projector.safetensors" "$out/dev-$set.jsonl" "$result.jsonl" \
+            1 3 5 8 10 | tee "$result.part"
+        mv "$result.part" "$result.md"
+    fi
     $python -m tools.score --result_path "$result.beam5.jsonl" --by duration
     [ -e "$out/whisper-$set.jsonl" ] || $python -m tools.whisper_baseline \
         --whisper_model_name_or_path $whisper --data_path "$out/dev-$set.jsonl" \

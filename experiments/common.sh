@@ -17,13 +17,20 @@ select_source() { # OUT, IN, how the lines' src begins
     }
 }
 
+sets=(speechocean762 cv librispeech) # of which EN and EN2 have test sets, as their src begins
+split_dev() { # makes $out/dev-SET.jsonl of each
+    for set in "${sets[@]}"; do
+        select_source "$out/dev-$set.jsonl" "$out/dev.jsonl" "$set"
+    done
+}
+
 select_lower "$out/train.jsonl" "${train[@]}"
 select_lower "$out/dev.jsonl" "${dev[@]}"
 select_lower "$out/dev-fifth.jsonl" "$out/dev.jsonl" --every 5
 
-copy_at_speeds() { # FOLDER, factors
+copy_at_speeds() { # FOLDER, MANIFEST, factors
     [ -e "$1/manifest.jsonl" ] || $python -m experiments.augment speed \
-        --data_path "$out/train.jsonl" --output_dir "$1" --factors "${@:2}"
+        --data_path "$2" --output_dir "$1" --factors "${@:3}"
 }
 
 train() { # OUTPUT_DIR, LLM, WHISPER, flags
@@ -37,8 +44,7 @@ train() { # OUTPUT_DIR, LLM, WHISPER, flags
 
 evaluate_fifth=(--eval_data_path "$out/dev-fifth.jsonl" --eval_strategy steps --eval_hypotheses 100)
 
-recognize() { # OUTPUT_DIR, widths of the beam
-    $python recognize.py --projector_model_path "$1/model.safetensors" --bf16 True \
-        --encoder_cache "$out/encoded" --data_path "$out/dev.jsonl" \
-        --result_path "$1/dev.jsonl" --num_beams "${@:2}"
+recognize() { # PROJECTOR, MANIFEST, RESULT, widths of the beam
+    $python recognize.py --projector_model_path "$1" --bf16 True \
+        --encoder_cache "$out/encoded" --data_path "$2" --result_path "$3" --num_beams "${@:4}"
 }

@@ -32,11 +32,12 @@ def main(argv: list[str] | None = None) -> None:
     config = read_config(args.projector_model_path)
     torch.manual_seed(SEED)
     model = build(replace(config, llm_model_name_or_path=args.llm_model_name_or_path))
-    weights = load_file(args.projector_model_path)
-    for name in ("conv", "hidden"):
-        layer = getattr(model.projector, name)
-        for kind in ("weight", "bias"):
-            getattr(layer, kind).data.copy_(weights[f"projector.{name}.{kind}"])
+    kept = {}
+    for name, tensor in load_file(args.projector_model_path).items():
+        name = name.removeprefix("projector.")
+        if not name.startswith("output."):
+            kept[name] = tensor
+    model.projector.load_state_dict(kept, strict=False)
     model.save_projector(args.output_path)
     print(args.output_path)
 

@@ -26,10 +26,7 @@ grep -v -x -F -f "$out/hours-1.jsonl" "$out/hours-2.jsonl" > "$out/others.jsonl"
 # numbers that Whisper wrote in digits are lost to the transcripts
 select_lower "$out/pseudo.jsonl" "$out/hours-1.jsonl" "$out/heard.jsonl"
 
-sets=(speechocean762 cv librispeech)
-for set in "${sets[@]}"; do
-    select_source "$out/dev-$set.jsonl" "$out/dev.jsonl" "$set"
-done
+split_dev
 for name in hours-1 hours-2 hours-4 hours-16 pseudo; do
     train "$out/$name" $llm $whisper --data_path "$out/$name.jsonl" --ctc_first 1 --ctc_weight 1 \
         --max_steps 800 --lr_scheduler_type cosine --learning_rate 1.5e-3 --save_strategy no

@@ -55,6 +55,10 @@ def join(utterances: list[Utterance], seconds: float) -> list[Utterance]:
     return recordings
 
 
+def with_hypotheses(results: list[dict], texts: list[str]) -> list[dict]:
+    return [{**result, "hyp": text} for result, text in zip(results, texts)]
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(Arguments, argv)
     recordings = join(read_manifest(args.data_path), args.seconds)
@@ -66,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     whole = [make_result(recording, args.num_beams) for recording in recordings]
     waveforms = [recording.samples for recording in recordings]
     texts = transcribe(model, waveforms, num_beams=args.num_beams)
-    pieces = [{**result, "hyp": text} for result, text in zip(whole, texts)]
+    pieces = with_hypotheses(whole, texts)
 
     minutes = sum(recording.duration for recording in recordings) / 60
     print(f"{len(recordings)} recordings, {minutes:.1f} minutes, beam {args.num_beams}")
@@ -74,9 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.whisper_model_name_or_path is not None:
         own = load_whisper(args.whisper_model_name_or_path)
         texts = [whisper_baseline.decode(own, waveform, "en", 5)[0] for waveform in waveforms]
-        ways["Whisper's own decoder"] = [
-            {**result, "hyp": text} for result, text in zip(whole, texts)
-        ]
+        ways["Whisper's own decoder"] = with_hypotheses(whole, texts)
     table = []
     for name, results in ways.items():
         metric, normalizer = choose_metric(results, "auto", "auto")

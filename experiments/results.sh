@@ -12,8 +12,8 @@ train=$1 dev=$2 whisper=$3 out=$4 seed=${5:-42}
 source experiments/common.sh
 llm=demo/models/SmolLM2-135M-Instruct
 
-copy_at_speeds "$out/speed" 0.88 1.12
-copy_at_speeds "$out/more-speed" 0.8 1.25
+copy_at_speeds "$out/speed" "$out/train.jsonl" 0.88 1.12
+copy_at_speeds "$out/more-speed" "$out/train.jsonl" 0.8 1.25
 [ -e "$out/sentences.txt" ] || $python -m experiments.augment write \
     --llm_model_name_or_path $llm --output_path "$out/sentences.txt"
 [ -e "$out/spoken/manifest.jsonl" ] || $python -m experiments.augment speak \
@@ -40,7 +40,7 @@ train "$run" $llm "$whisper" --seed "$seed" \
     --max_steps 1500 --ctc_first 0 --ctc_weight 1 --learning_rate 6e-4 --lr_scheduler_type cosine \
     "${evaluate_fifth[@]}" --eval_steps 300 --save_steps 300
 
-recognize "$run" 1 3 5 8 10 | tee "$run/beams.md"
+recognize "$run/model.safetensors" "$out/dev.jsonl" "$run/dev.jsonl" 1 3 5 8 10 | tee "$run/beams.md"
 $python -m tools.plot --output "$run/beams.png" --table "$run/beams.md"
 $python -m tools.whisper_baseline --whisper_model_name_or_path "$whisper" \
     --data_path "$out/dev.jsonl" --result_path "$out/whisper-$encoder.jsonl" \

@@ -19,7 +19,7 @@ for row in "${@:4}"; do
     run=$out/${row//:/-}
     recipe=(--data_path "$out/train.jsonl" --max_steps 1200 --eval_steps 240)
     if [ "$copies" ]; then
-        copy_at_speeds "$out/speeds" 0.8 0.88 1.12 1.25
+        copy_at_speeds "$out/speeds" "$out/train.jsonl" 0.8 0.88 1.12 1.25
         recipe=(--data_path "$out/train.jsonl" "$out/speeds/manifest.jsonl" --max_steps 2800
             --eval_steps 400 --ctc_first 0.7 --ctc_weight 1)
     fi
@@ -27,7 +27,7 @@ for row in "${@:4}"; do
         "${evaluate_fifth[@]}" --lr_scheduler_type cosine --save_steps 200 --save_total_limit 1
     if [ ! -e "$run/dev.jsonl" ]; then
         echo "== $run: recognising"
-        recognize "$run" 5
+        recognize "$run/model.safetensors" "$out/dev.jsonl" "$run/dev.jsonl" 5
     fi
     if [ ! -e "$out/whisper-$encoder.jsonl" ]; then
         echo "== $encoder: its own decoder"

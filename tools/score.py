@@ -11,6 +11,7 @@ having their own `rate`, and in `hallucination` the reason or null.
 
 from bisect import bisect
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 from transformers.hf_argparser import HfArg
@@ -94,14 +95,14 @@ def group(results: list[dict], by: str | None) -> dict[str, list[dict]]:
     if not any(by in result for result in results):
         keys = ", ".join(results[0])
         raise InputError(f"--by {by}: no line has that key; the first line has {keys}")
-    groups = {}
     if by == "duration":
-        groups = {name_range(seconds): [] for seconds in (0, *DURATIONS)}
+        results = sorted(results, key=itemgetter("duration"))
+    groups = {}
     for result in results:
         value = result.get(by, "none")
         name = name_range(value) if by == "duration" else str(value)
         groups.setdefault(name, []).append(result)
-    return {name: members for name, members in groups.items() if members}
+    return groups
 
 
 def name_range(seconds: float) -> str:
