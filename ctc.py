@@ -53,26 +53,29 @@ def ctc_loss(
     a target with more tokens than its audio has positions (or as many, one of them doubled) the
     loss is infinite, or 0 with `zero_infinity`.
     """
-    common = range(min(COMMON_TOKENS, embeddings.num_embeddings))
-    others = [*common, *draw_rivals(targets, embeddings.num_embeddings)]
     # classes are counted on the CPU: how many there are, a GPU could not say without a wait
-    tokens = torch.tensor([*others, blank_id, *chain(*targets)])
-    classes, index = tokens.unique(return_inverse=True)  # (P,), and the place of each token in it
-    blank_class = int(index[len(others)])
-    target_classes = index[len(others) + 1 :]
+    said = torch.tensor([blank_id, *chain(*targets)])
+    said, index = said.unique(return_inverse=True)  # and the place of each token in it
+    common = range(min(COMMON_TOKENS, embeddings.num_embeddings))
+    others = {*common, *draw_rivals(targets, embeddings.num_embeddings)}
+    others = torch.tensor(sorted(others.difference(said.tolist())), dtype=torch.long)
 
     device = audio[0].device
-    rows = embeddings(send(classes, device))  # (P, D)
+    rows = embeddings(send(torch.cat([said, others]), device))  # (P, D)
     padded = pad_sequence(audio, batch_first=True)
     logits = padded.to(rows.dtype) @ rows.T * scale  # (B, A, P)
-    log_probs = logits.float().log_softmax(-1)
-    log_probs = log_probs.transpose(0, 1)  # (A, B, P), as CTCLoss wants it
+    # those that are not said are one class to CTC, which would go through each of them
+    said_logits, other_logits = logits.float().split([len(said), len(others)], dim=-1)
+    rest = other_logits.logsumexp(-1, keepdim=True)
+    log_probs = torch.cat([said_logits, rest], dim=-1).log_softmax(-1)
+    log_probs = log_probs.transpose(0, 1)  # (A, B, classes), as CTCLoss wants it
     log_probs = log_probs.expand(-1, len(targets), -1)
 
     lengths = [len(x) for x in audio]
     audio_lengths = torch.tensor(lengths).expand(len(targets))
     target_lengths = torch.tensor([len(ids) for ids in targets])
-    loss = nn.CTCLoss(blank_class, reduction="none", zero_infinity=zero_infinity)
+    blank, target_classes = index.split([1, len(index) - 1])
+    loss = nn.CTCLoss(int(blank), reduction="none", zero_infinity=zero_infinity)
     return loss(log_probs, send(target_classes, device), audio_lengths, target_lengths)
 
 
