@@ -54,21 +54,21 @@ def ctc_loss(
     loss is infinite, or 0 with `zero_infinity`.
     """
     # classes are counted on the CPU: how many there are, a GPU could not say without a wait
-    said = torch.tensor([blank_id, *chain(*targets)])
-    said, index = said.unique(return_inverse=True)  # and the place of each token in it
+    tokens = [blank_id, *chain(*targets)]
+    said, index = torch.tensor(tokens).unique(return_inverse=True)
     common = range(min(COMMON_TOKENS, embeddings.num_embeddings))
-    others = {*common, *draw_rivals(targets, embeddings.num_embeddings)}
-    others = torch.tensor(sorted(others.difference(said.tolist())), dtype=torch.long)
+    rivals = draw_rivals(targets, embeddings.num_embeddings)
+    others = torch.tensor(sorted({*common, *rivals} - {*tokens}), dtype=torch.long)
 
     device = audio[0].device
     rows = embeddings(send(torch.cat([said, others]), device))  # (P, D)
     padded = pad_sequence(audio, batch_first=True)
     logits = padded.to(rows.dtype) @ rows.T * scale  # (B, A, P)
-    # those that are not said are one class to CTC, which would go through each of them
-    said_logits, other_logits = logits.float().split([len(said), len(others)], dim=-1)
-    rest = other_logits.logsumexp(-1, keepdim=True)
-    log_probs = torch.cat([said_logits, rest], dim=-1).log_softmax(-1)
-    log_probs = log_probs.transpose(0, 1)  # (A, B, classes), as CTCLoss wants it
+    # classes that no target has become one, as CTCLoss would spend most of its time on them
+    logits_of_said, logits_of_others = logits.float().split([len(said), len(others)], dim=-1)
+    other = logits_of_others.logsumexp(-1, keepdim=True)
+    log_probs = torch.cat([logits_of_said, other], dim=-1).log_softmax(-1)
+    log_probs = log_probs.transpose(0, 1)  # (A, B, those that are said and the other)
     log_probs = log_probs.expand(-1, len(targets), -1)
 
     lengths = [len(x) for x in audio]
