@@ -2,11 +2,13 @@
 
     python -m experiments.hours --folder OUT --output docs/hours.png
 
-OUT is the folder of hours.sh, of which it takes what is there. It prints the same as a table. Needs
+OUT is the folder of hours.sh, of which it takes what is there. It prints the same as a table,
+and beside each rate those of the shorter and of the longer half of the utterances. Needs
 tools/requirements.txt.
 """
 
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -34,8 +36,16 @@ def measure(folder: Path, part: str) -> dict:
     row = {"hours": round(hours, 1)}
     for name, title in SETS.items():
         results = read_results(folder / part / f"{name}.jsonl")
-        row[f"{title}, WER %"] = error_rate(results, "WER", "english")["WER %"]
+        results.sort(key=itemgetter("duration"))
+        middle = len(results) // 2
+        row[f"{title}, WER %"] = measure_rate(results)
+        row[f"{title}, shorter half, WER %"] = measure_rate(results[:middle])
+        row[f"{title}, longer half, WER %"] = measure_rate(results[middle:])
     return row
+
+
+def measure_rate(results: list[dict]) -> float:
+    return error_rate(results, "WER", "english")["WER %"]
 
 
 def draw(rows: list[dict]) -> Figure:
@@ -43,9 +53,9 @@ def draw(rows: list[dict]) -> Figure:
     figure = Figure(figsize=(WIDTH / 2, HEIGHT), layout="constrained")
     axis = figure.subplots()
     hours = [row["hours"] for row in rows]
-    for head in list(rows[0])[1:]:
-        rates = [row[head] for row in rows]
-        axis.plot(hours, rates, marker="o", label=head.removesuffix(", WER %"))
+    for title in SETS.values():
+        rates = [row[f"{title}, WER %"] for row in rows]
+        axis.plot(hours, rates, marker="o", label=title)
     axis.set_xscale("log", base=2)
     axis.set_xticks(hours, [str(x) for x in hours])
     axis.set_xlabel("hours of speech")

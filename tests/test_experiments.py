@@ -253,14 +253,16 @@ def test_error_rates_are_drawn_over_hours(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(hours, "read_manifest", read_hours)
     for part, recognised in (("hours-16", "go on"), ("hours-4", "go")):
         (tmp_path / part).mkdir()
-        result = {"wav": "a.wav", "txt": "go on", "hyp": recognised, "duration": 1.0}
+        long = {"wav": "a.wav", "txt": "go on", "hyp": recognised, "duration": 2.0}
+        short = {"wav": "b.wav", "txt": "on and on", "hyp": "on and on", "duration": 1.0}
         for name in hours.SETS:
-            (tmp_path / part / f"{name}.jsonl").write_text(json.dumps(result))
+            lines = [json.dumps(long), json.dumps(short)]
+            (tmp_path / part / f"{name}.jsonl").write_text("\n".join(lines))
     output = tmp_path / "hours.png"
     hours.main(["--folder", str(tmp_path), "--output", str(output)])
     rows = read_cells(capsys.readouterr().out)
-    assert rows["4.0"] == ["50.00"] * 3
-    assert rows["16.0"] == ["0.00"] * 3
+    assert rows["4.0"] == ["20.00", "0.00", "50.00"] * 3  # of all, the shorter, the longer half
+    assert rows["16.0"] == ["0.00"] * 9
     assert list(rows)[2:] == ["4.0", "16.0"]
     assert output.stat().st_size > 1000
 
