@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# How much speech does it take? And what are transcripts of Whisper's own worth? CTC alone:
+# How much speech does it take? What are transcripts of Whisper's own worth, and a larger encoder?
+# How far do seeds differ? CTC alone:
 #
 #     bash experiments/hours.sh EN EN2 OUT
 #
-# from the repository's root, after demo/run.sh. EN and EN2 are folders as for broad.sh. Projectors
-# are trained from nothing on every 16th, 8th, 4th and each utterance of both corpora, and on every
-# 16th with as many others that have Whisper base's own transcripts. All see 12,800 utterances. What
-# is there already is not made again.
+# from the repository's root, after demo/run.sh and `demo/models.py demo/models tiny.en`. EN and EN2
+# are folders as for broad.sh. Projectors are trained from nothing on every 16th, 8th, 4th and each
+# utterance of both corpora, and on every 16th with as many others that have Whisper base's own
+# transcripts. Two more of all utterances have other seeds, and one has the encoder of Whisper
+# tiny.en. All see 12,800 utterances. What is there already is not made again.
 set -euo pipefail
 en=$1 en2=$2 out=$3
 train=("$en/train.jsonl" "$en2/train.jsonl") dev=("$en/dev.jsonl" "$en2/dev.jsonl")
@@ -27,16 +29,23 @@ grep -v -x -F -f "$out/hours-1.jsonl" "$out/hours-2.jsonl" > "$out/others.jsonl"
 select_lower "$out/pseudo.jsonl" "$out/hours-1.jsonl" "$out/heard.jsonl"
 
 split_dev
-for name in hours-1 hours-2 hours-4 hours-16 pseudo; do
-    train "$out/$name" $llm $whisper --data_path "$out/$name.jsonl" --ctc_first 1 --ctc_weight 1 \
-        --max_steps 800 --lr_scheduler_type cosine --learning_rate 1.5e-3 --save_strategy no
+train_and_probe() { # NAME, MANIFEST, WHISPER, flags
+    train "$out/$1" $llm "$3" --data_path "$2" --ctc_first 1 --ctc_weight 1 --max_steps 800 \
+        --lr_scheduler_type cosine --learning_rate 1.5e-3 --save_strategy no "${@:4}"
     for set in "${sets[@]}"; do
-        [ -e "$out/$name/$set.jsonl" ] || $python -m experiments.ctc_probe --bf16 True \
-            --projector_model_path "$out/$name/model.safetensors" --encoder_cache "$out/encoded" \
-            --data_path "$out/dev-$set.jsonl" --result_path "$out/$name/$set.jsonl"
+        [ -e "$out/$1/$set.jsonl" ] || $python -m experiments.ctc_probe --bf16 True \
+            --projector_model_path "$out/$1/model.safetensors" --encoder_cache "$out/encoded" \
+            --data_path "$out/dev-$set.jsonl" --result_path "$out/$1/$set.jsonl"
     done
+}
+for name in hours-1 hours-2 hours-4 hours-16 pseudo; do
+    train_and_probe $name "$out/$name.jsonl" $whisper
 done
+for seed in 1 2; do
+    train_and_probe seed-$seed "$out/hours-16.jsonl" $whisper --seed $seed
+done
+train_and_probe tiny.en "$out/hours-16.jsonl" demo/models/tiny.en.pt
 for set in "${sets[@]}"; do
-    $python -m tools.score --result_path "$out"/{hours-*,pseudo}/$set.jsonl
+    $python -m tools.score --result_path "$out"/{hours-*,pseudo,seed-*,tiny.en}/$set.jsonl
 done
 $python -m experiments.hours --folder "$out" --output "$out/hours.png"
