@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# How much speech does it take? What are transcripts of Whisper's own worth, and a larger encoder?
+# How much speech does it take? What are transcripts of Whisper's own worth, and a smaller encoder?
 # How far do seeds differ? CTC alone:
 #
 #     bash experiments/hours.sh EN EN2 OUT
 #
-# from the repository's root, after demo/run.sh and `demo/models.py demo/models tiny.en`. EN and EN2
-# are folders as for broad.sh. Projectors are trained from nothing on every 16th, 8th, 4th and each
+# from the repository's root, after demo/run.sh and `python demo/models.py demo/models tiny.en`. EN
+# and EN2 are folders as for broad.sh. Projectors are trained from nothing on every 16th, 8th, 4th and each
 # utterance of both corpora, and on every 16th with as many others that have Whisper base's own
 # transcripts. Two more of all utterances have other seeds, and one has the encoder of Whisper
 # tiny.en. All see 12,800 utterances. What is there already is not made again.
