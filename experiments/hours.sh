@@ -5,9 +5,9 @@
 #     bash experiments/hours.sh EN EN2 OUT
 #
 # from the repository's root, after demo/run.sh and `python demo/models.py demo/models tiny.en`. EN
-# and EN2 are folders as for broad.sh. Projectors are trained from nothing on every 16th, 8th, 4th and each
-# utterance of both corpora, and on every 16th with as many others that have Whisper base's own
-# transcripts. Two more of all utterances have other seeds, and one has the encoder of Whisper
+# and EN2 are folders as for broad.sh. Projectors are trained from nothing on every 16th, 8th, 4th
+# and each utterance of both corpora, and on every 16th with as many others that have Whisper base's
+# own transcripts. Two more of all utterances have other seeds, and one has the encoder of Whisper
 # tiny.en. All see 12,800 utterances. What is there already is not made again.
 set -euo pipefail
 en=$1 en2=$2 out=$3
