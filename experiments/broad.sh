@@ -38,7 +38,7 @@ if [ "$llm" = $smollm2 ]; then
     train "$out/$llm-start" "${models[@]}" --data_path "${real[@]}" "${recipe[@]}" \
         --ctc_first 1 --max_steps 3400 --learning_rate 1.2e-3 --save_strategy no
 else
-    ctc_steps=1300 joint=(--max_steps 980 --save_steps 20 --per_device_train_batch_size 8)
+    ctc_steps=1300 joint=(--max_steps 2180 --save_steps 20 --per_device_train_batch_size 8)
     [ -e "$start" ] || $python -m experiments.graft --llm_model_name_or_path "${models[0]}" \
         --projector_model_path "$out/$smollm2-ctc/model.safetensors" --output_path "$start"
 fi
