@@ -8,8 +8,8 @@
 # and EN2 are folders as for broad.sh. Projectors are trained from nothing on every 16th, 8th, 4th
 # and each utterance of both corpora, and on every 16th with as many others that have Whisper base's
 # own transcripts. Two more of all utterances have other seeds, and one has the encoder of Whisper
-# tiny.en. All see 12,800 utterances. The trainings by hours also recognise 100 utterances every 200
-# steps. What is there already is not made again.
+# tiny.en. All see 12,800 utterances. Those of every 16th, every 4th and each utterance also recognise
+# 100 others every 200 steps, for a figure. What is there already is not made again.
 set -euo pipefail
 en=$1 en2=$2 out=$3
 train=("$en/train.jsonl" "$en2/train.jsonl") dev=("$en/dev.jsonl" "$en2/dev.jsonl")
@@ -39,10 +39,12 @@ train_and_probe() { # NAME, MANIFEST, WHISPER, flags
             --data_path "$out/dev-$set.jsonl" --result_path "$out/$1/$set.jsonl"
     done
 }
-for name in hours-1 hours-2 hours-4 hours-16; do
+for name in hours-1 hours-4 hours-16; do
     train_and_probe $name "$out/$name.jsonl" $whisper "${evaluate_fifth[@]}" --eval_steps 200
 done
-train_and_probe pseudo "$out/pseudo.jsonl" $whisper
+for name in hours-2 pseudo; do
+    train_and_probe $name "$out/$name.jsonl" $whisper
+done
 for seed in 1 2; do
     train_and_probe seed-$seed "$out/hours-16.jsonl" $whisper --seed $seed
 done

