@@ -34,7 +34,7 @@ recipe=(--ctc_weight 1 --lr_scheduler_type cosine --model_max_length 700)
 # the CTC loss alone: of the corpora, then of all
 start=$out/$llm-start/model.safetensors
 if [ "$llm" = $smollm2 ]; then
-    ctc_steps=3000 joint=(--max_steps 480 --save_steps 40)
+    ctc_steps=3000 joint=(--max_steps 1480 --save_steps 20)
     train "$out/$llm-start" "${models[@]}" --data_path "${real[@]}" "${recipe[@]}" \
         --ctc_first 1 --max_steps 3400 --learning_rate 1.2e-3 --save_strategy no
 else
