@@ -8,8 +8,8 @@
 # speechocean762, cv or librispeech. It trains on both corpora, long utterances joined of short
 # ones, copies of the learners at four other speeds, and a voice that reads SmolLM2's 8,000 most
 # common words, each twelve times. LLM is another folder of demo/models: its projector begins with
-# what SmolLM2's projector in OUT has learnt to hear. An LLM takes about two hours on two cores. What
-# is there already is not made again.
+# what SmolLM2's projector in OUT has learnt to hear. An LLM takes about three hours on two cores.
+# What is there already is not made again.
 set -euo pipefail
 smollm2=SmolLM2-135M-Instruct
 en=$1 en2=$2 out=$3 llm=${4:-$smollm2}
