@@ -7,13 +7,14 @@
     python -m experiments.augment write --llm_model_name_or_path LLM --output_path text.txt
     python -m experiments.augment speak --text_path words.txt text.txt --output_dir spoken
 
-`select` makes transcripts lower-case without punctuation, and leaves utterances out; for readable
-text `--lower False --cased True` keeps those that have case, and them as they are. `speed` copies
-utterances faster or slower, and so higher or lower. `join` makes long utterances of neighbours in
-the manifest that have the same `spk`. `draw` draws rows of words from the LLM's vocabulary, each
-word equally often. `write` lets the LLM write short sentences around such words. `speak` lets the
-demo's offline voice say them, and some numbers, at different speeds and pitches with a little
-noise. `speed`, `join` and `speak` end in OUTPUT_DIR/manifest.jsonl.
+`select` makes transcripts lower-case without punctuation, and leaves utterances out, among them
+those with digits; for readable text `--lower False --cased True` keeps those that have case, and
+them as they are. `speed` copies utterances faster or slower, and so higher or lower. `join` makes
+long utterances of neighbours in the manifest that have the same `spk`. `draw` draws rows of words
+from the LLM's vocabulary, each word equally often. `write` lets the LLM write short sentences
+around such words. `speak` lets the demo's offline voice say them, and some numbers, at different
+speeds and pitches with a little noise. `speed`, `join` and `speak` end in
+OUTPUT_DIR/manifest.jsonl.
 """
 
 import json
@@ -49,6 +50,7 @@ STORIES = 128  # written at once
 LOWER_WORD = re.compile("Ġ[a-z]{3,}")  # tokens that are words
 WORD = re.compile("Ġ([a-z]{2,}|[A-Z][a-z]{2,})")  # and names
 SENTENCE = re.compile(r"[^.!?\n:\"]+[.!?]")
+LOST = re.compile(r"[^\W_a-z]")  # digits, and letters with accents: make_plain drops them
 PLAIN_ENGLISH = re.compile(r"[A-Za-z' ,.!?;-]+")
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 PAUSE = np.zeros(SAMPLE_RATE * 3 // 10, np.float32)  # between joined utterances
@@ -107,12 +109,17 @@ class SpeakArguments:
 
 
 def select(args: SelectArguments) -> None:
-    """Write a manifest of what `args` keep; transcripts without any letter are left out, too."""
+    """Write a manifest of what `args` keep.
+
+    Transcripts without any letter are left out, too, and those that lower case would not spell.
+    """
     rows = []
     for utterance in read_manifest(args.data_path):
         text = utterance.row.get(args.text_key, utterance.text)
         plain = make_plain(text)
         if args.cased and (text.islower() or text.isupper()):
+            continue
+        if args.lower and LOST.search(text.lower()):
             continue
         if plain and utterance.duration <= args.longest:
             text = plain if args.lower else text
