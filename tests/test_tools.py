@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from whisper import Whisper
 from whisper.audio import N_SAMPLES
+from whisper.tokenizer import get_tokenizer
 
 import scoring
 from command import InputError
+from loading import load_whisper
 from manifest import read_manifest
 from tools import plot, score, whisper_baseline
 
@@ -134,7 +137,7 @@ def test_whisper_decodes_the_same_manifest_beside_ours(paths, tmp_path, monkeypa
     command = ["--whisper_model_name_or_path", paths.whisper, "--data_path", paths.manifest]
     command += ["--language", "de", "--result_path", str(out), "--beside", str(ours)]
     whisper_baseline.main(command)
-    assert decode.call_args.args[2:] == ("de", 5)
+    assert decode.call_args.args[2:] == ("de", 5, [])
     heard = [len(call.args[1]) / 16_000 for call in decode.call_args_list]
     results = read_results(out)
     assert [x["duration"] for x in results] == pytest.approx(heard, abs=0.01)
@@ -156,6 +159,29 @@ def test_audio_over_30_s_goes_through_whispers_windows():
     assert options.beam_size == 5
     assert whisper_baseline.decode(whisper, audio, "en", 1) == ("window by window", 0.2)
     assert whisper.transcribe.call_args.kwargs["beam_size"] is None
+
+
+def test_numbers_are_spelled_where_whisper_may_take_no_digits(paths, tmp_path, monkeypatch):
+    def decode(model, mel, options):
+        may_take = {*tokenizer.encode("20")}.isdisjoint(options.suppress_tokens)
+        return Mock(text="20" if may_take else "twenty", no_speech_prob=0.0)
+
+    tokenizer = get_tokenizer(multilingual=False)  # as the tiny Whisper is
+    monkeypatch.setattr(Whisper, "decode", decode)
+    out = tmp_path / "out.jsonl"
+    command = ["--whisper_model_name_or_path", paths.whisper, "--data_path", paths.manifest]
+    for spell_numbers, text in [("False", "20"), ("True", "twenty")]:
+        more = ["--result_path", str(out), "--spell_numbers", spell_numbers]
+        whisper_baseline.main([*command, *more])
+        assert {x["hyp"] for x in read_results(out)} == {text}
+
+
+def test_only_tokens_with_digits_are_kept_from_whisper(paths):
+    digits = whisper_baseline.list_digits(load_whisper(paths.whisper))
+    tokenizer = get_tokenizer(multilingual=False)  # as the tiny Whisper is
+    for text in (" 1969", "5", " 20th"):
+        assert {*tokenizer.encode(text)} & {*digits}
+    assert not {*tokenizer.encode(" Nineteen sixty-nine, the fifth.")} & {*digits}
 
 
 def test_what_whisper_hears_becomes_a_manifest_to_train_on(tmp_path, monkeypatch, capsys):

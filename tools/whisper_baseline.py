@@ -11,7 +11,8 @@ over 30 s through its `transcribe`, window by window.
         --data_path untranscribed.jsonl --result_path whisper.jsonl --as_manifest pseudo.jsonl
 
 also writes a manifest for train.py: the same lines, with what Whisper hears as `txt`. It leaves
-out hallucinations, and what Whisper takes for no speech.
+out hallucinations, and what Whisper takes for no speech. `--spell_numbers True` writes "twenty",
+not "20".
 """
 
 import time
@@ -24,7 +25,7 @@ import whisper
 from accelerate.utils import tqdm
 from transformers.hf_argparser import HfArg
 from whisper.audio import N_SAMPLES
-from whisper.tokenizer import LANGUAGES
+from whisper.tokenizer import LANGUAGES, get_tokenizer
 
 from arguments import ScoringArguments, check_positive, check_result_path
 from command import InputError, parse_arguments, run_command
@@ -53,6 +54,9 @@ class Arguments(ScoringArguments):
     )
     language: str = HfArg(default="en", help="What is spoken, as Whisper's code: en, zh, de ...")
     num_beams: int = HfArg(default=5, help="Beam width; 1 is greedy.")
+    spell_numbers: bool = HfArg(
+        default=False, help="Write numbers in words: Whisper never takes a token with a digit."
+    )
 
     def __post_init__(self):
         check_positive("num_beams", self.num_beams)
@@ -75,11 +79,35 @@ def check_manifest(path: Path, others: list[str | Path]) -> None:
         raise InputError(f"--as_manifest: cannot write {path}: {error.strerror}") from error
 
 
-def decode(model: whisper.Whisper, audio, language: str, num_beams: int) -> tuple[str, float]:
-    """Whisper's text of audio (S,), mono at 16 kHz, and its probability that nothing is said."""
+def list_digits(model: whisper.Whisper) -> list[int]:
+    """The tokens of a Whisper that have a digit."""
+    tokenizer = get_tokenizer(model.is_multilingual, num_languages=model.num_languages)
+    digits = []
+    for token in range(tokenizer.eot):  # those that are text
+        text = tokenizer.decode([token])
+        if any(character.isdigit() for character in text):
+            digits.append(token)
+    return digits
+
+
+def decode(
+    model: whisper.Whisper,
+    audio,
+    language: str,
+    num_beams: int,
+    suppressed: list[int] | None = None,
+) -> tuple[str, float]:
+    """Whisper's text of audio (S,), mono at 16 kHz, and its probability that nothing is said.
+
+    No token of `suppressed` is in it.
+    """
     beam_size = num_beams if num_beams > 1 else None  # Whisper's word for greedy
-    fp16 = model.device.type == "cuda"
-    options = {"language": language, "beam_size": beam_size, "fp16": fp16}
+    options = {
+        "language": language,
+        "beam_size": beam_size,
+        "fp16": model.device.type == "cuda",
+        "suppress_tokens": [-1, *(suppressed or [])],  # -1: and what Whisper itself never takes
+    }
     if len(audio) > N_SAMPLES:
         result = model.transcribe(audio, **options)
         text = result["text"]
@@ -119,12 +147,13 @@ def main(argv: list[str] | None = None) -> None:
     write_results(part, [], "w")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_whisper(args.whisper_model_name_or_path).to(device)
+    suppressed = list_digits(model) if args.spell_numbers else []
 
     results, rows, rejected = [], [], defaultdict(list)
     start = time.perf_counter()
     for utterance in tqdm(utterances):  # one by one, as Whisper's beam search takes no batches
         audio = utterance.load()
-        text, no_speech = decode(model, audio, args.language, args.num_beams)
+        text, no_speech = decode(model, audio, args.language, args.num_beams, suppressed)
         utterance.hypotheses[args.num_beams] = text
         result = make_result(utterance, args.num_beams)
         write_results(part, [result], "a")  # which is left where the run is stopped
