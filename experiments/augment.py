@@ -111,7 +111,8 @@ class SpeakArguments:
 def select(args: SelectArguments) -> None:
     """Write a manifest of what `args` keep.
 
-    Transcripts without any letter are left out, too, and those that lower case would not spell.
+    Transcripts without any letter are left out, too, and with `lower` those with digits or
+    accents.
     """
     rows = []
     for utterance in read_manifest(args.data_path):

@@ -17,6 +17,7 @@ not "20".
 
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def decode(
     audio,
     language: str,
     num_beams: int,
-    suppressed: list[int] | None = None,
+    suppressed: Iterable[int] = (),
 ) -> tuple[str, float]:
     """Whisper's text of audio (S,), mono at 16 kHz, and its probability that nothing is said.
 
@@ -106,7 +107,7 @@ def decode(
         "language": language,
         "beam_size": beam_size,
         "fp16": model.device.type == "cuda",
-        "suppress_tokens": [-1, *(suppressed or [])],  # -1: and what Whisper itself never takes
+        "suppress_tokens": [-1, *suppressed],  # -1: and what Whisper itself never takes
     }
     if len(audio) > N_SAMPLES:
         result = model.transcribe(audio, **options)
