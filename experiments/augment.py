@@ -83,7 +83,6 @@ class JoinArguments:
     output_dir: Path = HfArg(help="Where the long utterances and their manifest go.")
     seconds: list[float] = HfArg(help="How long they are at least, and at most.")
     count: int = HfArg(default=500, help="How many of them, drawn at random.")
-    lower: bool = HfArg(default=True, help="Make transcripts lower-case without punctuation.")
 
 
 @dataclass
@@ -168,9 +167,8 @@ def join(args: JoinArguments) -> None:
         for utterance in group:
             audio += [utterance.load(), PAUSE]
             texts.append(utterance.text)
-        text = " ".join(texts)
         save_audio(args.output_dir / f"{i:05}.flac", np.concatenate(audio[:-1]))
-        rows.append({"wav": f"{i:05}.flac", "txt": make_plain(text) if args.lower else text})
+        rows.append({"wav": f"{i:05}.flac", "txt": " ".join(texts)})
     write_manifest(args.output_dir / "manifest.jsonl", rows)
 
 

@@ -188,7 +188,7 @@ def test_neighbours_of_a_speaker_are_joined_to_long_utterances(tmp_path):
     command = f"join --data_path {tmp_path}/in.jsonl --output_dir {tmp_path}/joined"
     augment.main([*command.split(), "--seconds", "2", "3"])
     joined = read_manifest([f"{tmp_path}/joined/manifest.jsonl"])
-    assert {x.text: x.duration for x in joined} == {"a b": 2.3, "e": 3.0, "g h": 2.3}
+    assert {x.text: x.duration for x in joined} == {"a! b!": 2.3, "e!": 3.0, "g! h!": 2.3}
 
 
 def test_sentences_are_found_in_what_an_llm_writes():
