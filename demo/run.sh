@@ -30,7 +30,7 @@ case "$*" in
     "--llm qwen2.5-0.5b")
         shipped=demo/projector-qwen2.5-0.5b.safetensors
         exp=demo/exp/qwen2.5-0.5b
-        llm=Qwen2.5-0.5B-Instruct
+        llm=Qwen2.5-Coder-0.5B-Instruct
         models=(qwen2.5-0.5b base) models_take="623 MB, 3 minutes"
         trained=$exp/trained
         training="training its projector on these commands: 3 minutes; without AVX-512 about 15"

@@ -1,4 +1,4 @@
-"""More speech from little: what results.sh and rows.sh train on beside the corpus itself.
+"""More speech from little: what the scripts here train on beside the corpus itself.
 
     python -m experiments.augment select --data_path in.jsonl --output_path out.jsonl
     python -m experiments.augment speed --data_path in.jsonl --output_dir copies --factors 0.88 1.12

