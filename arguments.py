@@ -268,7 +268,7 @@ class RecognitionArguments(ScoringArguments):
         check_not_negative("num_workers", self.num_workers)
         if self.max_new_tokens is not None:
             check_positive("max_new_tokens", self.max_new_tokens)
-        check_result_path(self.result_path)
+        check_result_path(self.result_path, self.data_path)
 
 
 def plain_name(metric: str) -> str:
@@ -393,9 +393,12 @@ def check_drop_last(args: TrainingArguments, flag: str, utterances: int, batch_s
         )
 
 
-def check_result_path(path: Path) -> None:
+def check_result_path(path: Path, inputs: list[str | Path]) -> None:
+    """InputError if it is a folder, or one of the files that the command reads."""
     if path.is_dir():
         raise InputError(f"--result_path must be a file, got the folder {path}")
+    if path.resolve() in [Path(other).resolve() for other in inputs]:
+        raise InputError(f"--result_path would replace {path}, which is read: give another file")
 
 
 def check_not_negative(flag: str, value: float) -> None:

@@ -36,6 +36,7 @@ from whisper.audio import SAMPLE_RATE
 from command import InputError, parse_arguments, run_command
 from machine import choose_bf16
 from manifest import Utterance, read_manifest
+from scoring import APOSTROPHES
 
 SEED = 0
 TASKS = [
@@ -129,7 +130,8 @@ def select(args: SelectArguments) -> None:
 
 def make_plain(text: str) -> str:
     """Lower case, letters and apostrophes alone."""
-    return " ".join(re.sub("[^a-z' ]", " ", text.lower()).split())
+    text = text.lower().translate(APOSTROPHES)
+    return " ".join(re.sub("[^a-z' ]", " ", text).split())
 
 
 def write_manifest(path: Path, rows: list[dict]) -> None:

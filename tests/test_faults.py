@@ -86,6 +86,8 @@ RECOGNITION = {
     "--normalizer german": r"--normalizer.*english.*basic.*none",
     "--wav a.wav": r"unknown arguments --wav a.wav: --help lists",
     "--result_path folder": r"--result_path must be a file, got the folder",
+    "--result_path m.jsonl": r"--result_path would replace m.jsonl, which is read",
+    "--result_path m.jsonl --data_path m.beam1.jsonl --num_beams 1 3": r"replace m.beam1.jsonl",
     "--result_path a.wav/out.jsonl": r"--result_path: cannot write a.wav/out.jsonl",
     "--data_path none.jsonl": r"cannot read .*none.jsonl.*: ",
     "--projector_model_path none.safetensors": r"cannot be read as a projector file",

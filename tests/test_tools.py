@@ -215,8 +215,13 @@ def test_what_whisper_hears_becomes_a_manifest_to_train_on(tmp_path, monkeypatch
     assert [(x.start, x.end) for x in utterances] == [(0, None), (0.2, 0.9), (0.5, 1)]
     assert {x.path for x in utterances} == {str(tmp_path / "a.wav")}
     assert utterances[0].row["spk"] == "ann"
-    with pytest.raises(InputError, match="--as_manifest: .*data.jsonl is also in --data_path"):
+    with pytest.raises(InputError, match="--as_manifest: .*data.jsonl is also another flag's"):
         whisper_baseline.main([*command, str(data)])
+    other = tmp_path / "new" / "other.jsonl"
+    with pytest.raises(InputError, match="--as_manifest: .*pseudo.jsonl is also another flag's"):
+        whisper_baseline.main([*command, str(manifest), "--beside", str(manifest)])
+    with pytest.raises(InputError, match="--result_path would replace .*data.jsonl, which is read"):
+        whisper_baseline.main([*command, str(other), "--result_path", str(data)])
 
 
 def write_state(folder, logs, steps):

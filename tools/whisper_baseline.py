@@ -61,7 +61,7 @@ class Arguments(ScoringArguments):
 
     def __post_init__(self):
         check_positive("num_beams", self.num_beams)
-        check_result_path(self.result_path)
+        check_result_path(self.result_path, [*self.data_path, *self.beside])
         if self.language not in LANGUAGES:
             codes = ", ".join(LANGUAGES)
             raise InputError(f"--language must be one of {codes}, got {self.language}")
@@ -70,9 +70,7 @@ class Arguments(ScoringArguments):
 def check_manifest(path: Path, others: list[str | Path]) -> None:
     """InputError if it cannot be written, or is one of the other files of the command."""
     if path.resolve() in [Path(other).resolve() for other in others]:
-        raise InputError(
-            f"--as_manifest: {path} is also in --data_path or --result_path: give another file"
-        )
+        raise InputError(f"--as_manifest: {path} is also another flag's file: give another")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("a").close()
@@ -141,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(Arguments, argv)
     utterances = read_manifest(args.data_path, need_text=False)
     if args.as_manifest is not None:
-        check_manifest(args.as_manifest, [*args.data_path, args.result_path])
+        check_manifest(args.as_manifest, [*args.data_path, args.result_path, *args.beside])
     for path in args.beside:
         read_results(path)  # what is no result is found before the work
     part = args.result_path.with_name(f"{args.result_path.name}.part")
