@@ -2,6 +2,7 @@
 
     python -m experiments.augment select --data_path in.jsonl --output_path out.jsonl
     python -m experiments.augment speed --data_path in.jsonl --output_dir copies --factors 0.88 1.12
+    python -m experiments.augment disturb --data_path in.jsonl --output_dir noisy
     python -m experiments.augment join --data_path in.jsonl --output_dir joined --seconds 20 28
     python -m experiments.augment draw --llm_model_name_or_path LLM --output_path words.txt
     python -m experiments.augment write --llm_model_name_or_path LLM --output_path text.txt
@@ -9,11 +10,12 @@
 
 `select` makes transcripts lower-case without punctuation, and leaves utterances out, among them
 those with digits; for readable text `--lower False --cased True` keeps those that have case, and
-them as they are. `speed` copies utterances faster or slower, and so higher or lower. `join` makes
+them as they are. `speed` copies utterances faster or slower, and so higher or lower. `disturb`
+copies them with noise or other speakers behind, half of them in a room that echoes. `join` makes
 long utterances of neighbours in the manifest that have the same `spk`. `draw` draws rows of words
 from the LLM's vocabulary, each word equally often. `write` lets the LLM write short sentences
 around such words. `speak` lets the demo's offline voice say them, and some numbers, at different
-speeds and pitches with a little noise. `speed`, `join` and `speak` end in
+speeds and pitches with a little noise. `speed`, `disturb`, `join` and `speak` end in
 OUTPUT_DIR/manifest.jsonl.
 """
 
@@ -34,6 +36,7 @@ from transformers.hf_argparser import HfArg
 from whisper.audio import SAMPLE_RATE
 
 from command import InputError, parse_arguments, run_command
+from experiments.silence import make_noise
 from machine import choose_bf16
 from manifest import Utterance, read_manifest
 from scoring import APOSTROPHES
@@ -55,6 +58,10 @@ LOST = re.compile(r"[^\W_a-z]")  # digits, and letters with accents: make_plain 
 PLAIN_ENGLISH = re.compile(r"[A-Za-z' ,.!?;-]+")
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 PAUSE = np.zeros(SAMPLE_RATE * 3 // 10, np.float32)  # between joined utterances
+RATIOS = (5, 20)  # dB of speech above what is behind it
+ECHO = (0.2, 0.8)  # seconds in which an echo falls by 60 dB
+ECHO_RATIOS = (0, 10)  # dB of speech above its echo
+SPEAKERS_BEHIND = 3
 PITCHES = [0.85, 0.93, 1.0, 1.1, 1.2, 1.3]
 
 
@@ -76,6 +83,12 @@ class SpeedArguments:
     data_path: list[str] = HfArg(help="JSONL manifests.")
     output_dir: Path = HfArg(help="Where the copies and their manifest go.")
     factors: list[float] = HfArg(help="Speeds; each makes a copy of every utterance.")
+
+
+@dataclass
+class DisturbArguments:
+    data_path: list[str] = HfArg(help="JSONL manifests.")
+    output_dir: Path = HfArg(help="Where the copies and their manifest go.")
 
 
 @dataclass
@@ -156,6 +169,44 @@ def speed(args: SpeedArguments) -> None:
             save_audio(args.output_dir / name, copy)
             rows.append({"wav": name, "txt": utterance.text})
     write_manifest(args.output_dir / "manifest.jsonl", rows)
+
+
+def disturb(args: DisturbArguments) -> None:
+    """Write a copy of each utterance in a place that is not quiet, and their manifest."""
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    utterances = read_manifest(args.data_path)
+    rng = np.random.default_rng(SEED)
+    rows = []
+    for i, utterance in enumerate(tqdm(utterances, str(args.output_dir))):
+        audio = utterance.load()
+        if rng.random() < 0.5:
+            audio = add_echo(audio, rng)
+        if rng.random() < 0.5:
+            behind = make_noise(rng, len(audio))
+        else:
+            others = rng.integers(len(utterances), size=SPEAKERS_BEHIND)
+            behind = sum(np.resize(utterances[k].load(), len(audio)) for k in others)
+        audio = audio + behind * find_gain(audio, behind, rng.uniform(*RATIOS))
+        save_audio(args.output_dir / f"{i:05}.flac", audio / max(1, np.abs(audio).max()))
+        rows.append({"wav": f"{i:05}.flac", "txt": utterance.text})
+    write_manifest(args.output_dir / "manifest.jsonl", rows)
+
+
+def add_echo(audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Audio (S,) and noise that its room makes of it, which falls by the exponential function."""
+    seconds = rng.uniform(*ECHO)
+    time = np.arange(1, int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+    room = rng.normal(0, 1, len(time)) * 10 ** (-3 * time / seconds)
+    samples = len(audio) + len(room)  # of their convolution, which the product of spectra is
+    spectrum = np.fft.rfft(audio, samples) * np.fft.rfft(room, samples)
+    echo = np.fft.irfft(spectrum, samples)[: len(audio)]
+    return audio + echo * find_gain(audio, echo, rng.uniform(*ECHO_RATIOS))
+
+
+def find_gain(audio: np.ndarray, behind: np.ndarray, ratio: float) -> float:
+    """What makes `behind` weaker than the audio by so many dB; 0 where one of them is silent."""
+    power = np.square(behind).mean()
+    return np.sqrt(np.square(audio).mean() / power / 10 ** (ratio / 10)) if power else 0.0
 
 
 def join(args: JoinArguments) -> None:
@@ -310,6 +361,7 @@ def speak(args: SpeakArguments) -> None:
 COMMANDS = {
     "select": (SelectArguments, select),
     "speed": (SpeedArguments, speed),
+    "disturb": (DisturbArguments, disturb),
     "join": (JoinArguments, join),
     "draw": (DrawArguments, draw),
     "write": (WriteArguments, write),

@@ -174,6 +174,34 @@ def test_copies_are_faster_and_slower(paths, tmp_path):
     assert fast == pytest.approx(0.5 / 1.25, abs=0.01)
 
 
+def test_disturbed_copies_say_the_same_with_something_behind(paths, tmp_path):
+    command = f"disturb --data_path {paths.manifest} --output_dir {tmp_path}"
+    augment.main(command.split())
+    originals = read_manifest([paths.manifest])
+    copies = read_manifest([f"{tmp_path}/manifest.jsonl"])
+    assert [x.text for x in copies] == [x.text for x in originals]
+    for original, copy in zip(originals, copies):
+        difference = np.square(copy.load() - original.load()).mean()
+        assert difference > np.square(original.load()).mean() / 1000  # 30 dB
+
+
+def test_a_room_answers_a_click_with_an_echo_that_falls():
+    click = np.zeros(16_000)
+    click[1000] = 1
+    rng = np.random.default_rng(0)
+    heard = augment.add_echo(click, rng)
+    assert np.abs(heard[:1000]).max() < 1e-9
+    assert heard[1000] == pytest.approx(1, abs=0.1)
+    early, late = np.abs(heard[1001:2001]).mean(), np.abs(heard[7001:8001]).mean()
+    assert early > 10 * late > 0
+
+
+def test_what_is_behind_is_weaker_by_the_ratio():
+    behind = np.array([1.0, -1.0])
+    assert augment.find_gain(5 * behind, behind, 20) == pytest.approx(0.5)
+    assert augment.find_gain(5 * behind, 0 * behind, 20) == 0
+
+
 def test_neighbours_of_a_speaker_are_joined_to_long_utterances(tmp_path):
     # seconds and speakers, in the manifest's order
     spoken = [(1, "a"), (1, "a"), (1, "a"), (1, "b"), (3, "b"), (1, None), (1, "c"), (1, "c")]
