@@ -35,6 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.hf_argparser import HfArg
 from whisper.audio import SAMPLE_RATE
 
+from arguments import check_positive
 from command import InputError, parse_arguments, run_command
 from experiments.silence import make_noise
 from machine import choose_bf16
@@ -77,6 +78,9 @@ class SelectArguments:
     )
     every: int = HfArg(default=1, help="Of the rest keep the first of each so many utterances.")
 
+    def __post_init__(self):
+        check_positive("every", self.every)
+
 
 @dataclass
 class SpeedArguments:
@@ -97,6 +101,10 @@ class JoinArguments:
     output_dir: Path = HfArg(help="Where the long utterances and their manifest go.")
     seconds: list[float] = HfArg(help="How long they are at least, and at most.")
     count: int = HfArg(default=500, help="How many of them, drawn at random.")
+
+    def __post_init__(self):
+        if len(self.seconds) != 2 or self.seconds[0] > self.seconds[1]:
+            raise InputError(f"--seconds must be least and most, such as 20 28, got {self.seconds}")
 
 
 @dataclass
@@ -127,9 +135,10 @@ def select(args: SelectArguments) -> None:
     Transcripts without any letter are left out, too, and with `lower` those with digits or
     accents.
     """
+    prepare_output(args.output_path, args.data_path)
     rows = []
     for utterance in read_manifest(args.data_path):
-        text = utterance.row.get(args.text_key, utterance.text)
+        text = utterance.row.get(args.text_key) or utterance.text
         plain = make_plain(text)
         if args.cased and (text.islower() or text.isupper()):
             continue
@@ -139,6 +148,13 @@ def select(args: SelectArguments) -> None:
             text = plain if args.lower else text
             rows.append({**utterance.row, "wav": str(Path(utterance.path).resolve()), "txt": text})
     write_manifest(args.output_path, rows[:: args.every])
+
+
+def prepare_output(path: Path, inputs: list[str]) -> None:
+    """Make the folder of a file to be written; InputError if it is one of those that are read."""
+    if path.resolve() in [Path(other).resolve() for other in inputs]:
+        raise InputError(f"{path} is in --data_path, too: write to another place")
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def make_plain(text: str) -> str:
@@ -159,7 +175,8 @@ def write_manifest(path: Path, rows: list[dict]) -> None:
 
 def speed(args: SpeedArguments) -> None:
     """Write copies of each utterance at other speeds, and their manifest."""
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    manifest = args.output_dir / "manifest.jsonl"
+    prepare_output(manifest, args.data_path)
     rows = []
     for i, utterance in enumerate(tqdm(read_manifest(args.data_path), str(args.output_dir))):
         audio = utterance.load()
@@ -168,12 +185,13 @@ def speed(args: SpeedArguments) -> None:
             copy = soxr.resample(audio, SAMPLE_RATE * factor, SAMPLE_RATE)
             save_audio(args.output_dir / name, copy)
             rows.append({"wav": name, "txt": utterance.text})
-    write_manifest(args.output_dir / "manifest.jsonl", rows)
+    write_manifest(manifest, rows)
 
 
 def disturb(args: DisturbArguments) -> None:
     """Write a copy of each utterance in a place that is not quiet, and their manifest."""
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    manifest = args.output_dir / "manifest.jsonl"
+    prepare_output(manifest, args.data_path)
     utterances = read_manifest(args.data_path)
     rng = np.random.default_rng(SEED)
     rows = []
@@ -189,7 +207,7 @@ def disturb(args: DisturbArguments) -> None:
         audio = audio + behind * find_gain(audio, behind, rng.uniform(*RATIOS))
         save_audio(args.output_dir / f"{i:05}.flac", audio / max(1, np.abs(audio).max()))
         rows.append({"wav": f"{i:05}.flac", "txt": utterance.text})
-    write_manifest(args.output_dir / "manifest.jsonl", rows)
+    write_manifest(manifest, rows)
 
 
 def add_echo(audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -211,7 +229,8 @@ def find_gain(audio: np.ndarray, behind: np.ndarray, ratio: float) -> float:
 
 def join(args: JoinArguments) -> None:
     """Write neighbours of a speaker as one utterance each, and their manifest."""
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    manifest = args.output_dir / "manifest.jsonl"
+    prepare_output(manifest, args.data_path)
     groups = group_neighbours(read_manifest(args.data_path), *args.seconds)
     random.Random(SEED).shuffle(groups)
     rows = []
@@ -222,7 +241,7 @@ def join(args: JoinArguments) -> None:
             texts.append(utterance.text)
         save_audio(args.output_dir / f"{i:05}.flac", np.concatenate(audio[:-1]))
         rows.append({"wav": f"{i:05}.flac", "txt": " ".join(texts)})
-    write_manifest(args.output_dir / "manifest.jsonl", rows)
+    write_manifest(manifest, rows)
 
 
 def group_neighbours(
@@ -250,6 +269,7 @@ def save_audio(path: Path, audio: np.ndarray) -> None:
 
 def write(args: WriteArguments) -> None:
     """Let the LLM write sentences until there are enough different ones."""
+    prepare_output(args.output_path, [])
     name = args.llm_model_name_or_path
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
     tokenizer.pad_token = tokenizer.eos_token
@@ -275,6 +295,7 @@ def write(args: WriteArguments) -> None:
 
 def draw(args: DrawArguments) -> None:
     """Write the vocabulary's words and names, mixed anew each of `times` times, in short rows."""
+    prepare_output(args.output_path, [])
     tokenizer = AutoTokenizer.from_pretrained(args.llm_model_name_or_path)
     words = list_words(tokenizer, WORD)[: args.words]
     rng = random.Random(SEED)
@@ -335,7 +356,8 @@ def speak(args: SpeakArguments) -> None:
     """Let the voice say each line of the text, and rows of digits, and write their manifest."""
     import hibari
 
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    manifest = args.output_dir / "manifest.jsonl"
+    prepare_output(manifest, [])
     rng = random.Random(SEED)
     texts = []
     for path in args.text_path:
@@ -355,7 +377,7 @@ def speak(args: SpeakArguments) -> None:
         audio = rng.uniform(0.3, 1) * audio + noise.astype(np.float32)
         save_audio(args.output_dir / f"{i:05}.flac", audio)
         rows.append({"wav": f"{i:05}.flac", "txt": text})
-    write_manifest(args.output_dir / "manifest.jsonl", rows)
+    write_manifest(manifest, rows)
 
 
 COMMANDS = {

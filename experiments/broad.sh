@@ -9,7 +9,8 @@
 # ones, copies of the learners at four other speeds, and a voice that reads SmolLM2's 8,000 most
 # common words, each twelve times. LLM is another folder of demo/models: its projector begins with
 # what SmolLM2's projector in OUT has learnt to hear. SEED is that of all three trainings, 42 if not
-# given. An LLM takes about three hours on two cores. What is there already is not made again.
+# given; another LLM wants SmolLM2 of the same SEED in OUT. An LLM takes about three hours on two
+# cores. What is there already is not made again.
 set -euo pipefail
 smollm2=SmolLM2-135M-Instruct
 en=$1 en2=$2 out=$3 llm=${4:-$smollm2} seed=${5:-42}
@@ -37,7 +38,7 @@ start=$run-start/model.safetensors
 if [ "$llm" = $smollm2 ]; then
     ctc_steps=3000 joint=(--max_steps 1480)
     train "$run-start" "${models[@]}" --data_path "${real[@]}" "${recipe[@]}" \
-        --ctc_first 1 --max_steps 3400 --learning_rate 1.2e-3 --save_strategy no
+        --ctc_first 1 --max_steps 3400 --learning_rate 1.2e-3 --save_total_limit 1
 else
     ctc_steps=1300 joint=(--max_steps 2180 --per_device_train_batch_size 8)
     [ -e "$start" ] || $python -m experiments.graft --llm_model_name_or_path "${models[0]}" \
@@ -45,7 +46,7 @@ else
 fi
 train "$run-ctc" "${models[@]}" --data_path "${real[@]}" "${made[@]}" "${recipe[@]}" \
     --projector_model_path "$start" \
-    --ctc_first 1 --max_steps $ctc_steps --learning_rate 1.5e-3 --save_strategy no
+    --ctc_first 1 --max_steps $ctc_steps --learning_rate 1.5e-3 --save_total_limit 1
 # then the LLM's loss beside it, and the mean of the last three checkpoints
 train "$run" "${models[@]}" --data_path "${real[@]}" "${recipe[@]}" \
     --projector_model_path "$run-ctc/model.safetensors" \

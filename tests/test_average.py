@@ -61,6 +61,8 @@ def test_projectors_of_different_trainings_are_refused(paths, tmp_path):
         run(output, first, str(tmp_path / "third"))
     with pytest.raises(InputError, match="must be two or more, got 1"):
         run(output, first)
+    with pytest.raises(InputError, match="would replace .*other.*, which is averaged"):
+        run(f"{other}/model.safetensors", first, other)
     assert not output.exists()
 
 

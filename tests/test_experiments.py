@@ -219,6 +219,20 @@ def test_neighbours_of_a_speaker_are_joined_to_long_utterances(tmp_path):
     assert {x.text: x.duration for x in joined} == {"a! b!": 2.3, "e!": 3.0, "g! h!": 2.3}
 
 
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("select --data_path D/in.jsonl --output_path D/in.jsonl", "in.jsonl is in --data_path"),
+        ("disturb --data_path D/manifest.jsonl --output_dir D", "manifest.jsonl is in --data_path"),
+        ("join --data_path D/in.jsonl --output_dir D/new --seconds 20", "least and most.* 20 28"),
+        ("select --data_path D/in.jsonl --output_path o --every 0", "--every must be at least 1"),
+    ],
+)
+def test_flags_that_would_lose_data_or_mean_nothing_are_refused(command, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        augment.main(command.replace("D", str(tmp_path)).split())
+
+
 def test_sentences_are_found_in_what_an_llm_writes():
     story = 'Tom said: "Go home!" He went. Why? In 1990 it rained. ' + "So " * 13 + "on."
     assert augment.find_sentences(story) == ["go home", "he went"]

@@ -192,9 +192,12 @@ def test_what_whisper_hears_becomes_a_manifest_to_train_on(tmp_path, monkeypatch
         {"wav": "silent.wav"},
         {"wav": "loop.wav"},
         {"wav": "music.wav"},
+        {"wav": "torn.flac"},
     ]
     for row in rows:
         tiny.make_sound(tmp_path / row["wav"], 1.0, 300)
+    torn = tmp_path / "torn.flac"
+    torn.write_bytes(torn.read_bytes()[:-100] + b"0" * 100)  # its header is whole
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     heard = ["Go.", "No.", "Up.", "you", "no " * 6, "♪"]
@@ -209,6 +212,7 @@ def test_what_whisper_hears_becomes_a_manifest_to_train_on(tmp_path, monkeypatch
     printed = capsys.readouterr().out
     assert f"2 rejected: no speech ({tmp_path}/silent.wav, {tmp_path}/music.wav)" in printed
     assert f"1 rejected: loop ({tmp_path}/loop.wav)" in printed
+    assert f"1 rejected: cannot be read ({torn})" in printed
     utterances = read_manifest([str(manifest)])
     assert [x.text for x in utterances] == ["Go.", "No.", "Up."]
     assert [x.duration for x in utterances] == [1, 0.7, 0.5]
@@ -217,6 +221,9 @@ def test_what_whisper_hears_becomes_a_manifest_to_train_on(tmp_path, monkeypatch
     assert utterances[0].row["spk"] == "ann"
     with pytest.raises(InputError, match="--as_manifest: .*data.jsonl is also another flag's"):
         whisper_baseline.main([*command, str(data)])
+    decode.side_effect = zip(heard, no_speech)
+    with pytest.raises(InputError, match="torn.flac cannot be decoded"):
+        whisper_baseline.main(command[:-1])  # to score a test set, which must be whole
     other = tmp_path / "new" / "other.jsonl"
     with pytest.raises(InputError, match="--as_manifest: .*pseudo.jsonl is also another flag's"):
         whisper_baseline.main([*command, str(manifest), "--beside", str(manifest)])

@@ -35,6 +35,9 @@ class Arguments:
             raise InputError(f"--projector_model_paths must be two or more, got {count}")
         if self.output_path.is_dir():
             raise InputError(f"--output_path must be a file, got the folder {self.output_path}")
+        given = [find_file(path).resolve() for path in self.projector_model_paths]
+        if self.output_path.resolve() in given:
+            raise InputError(f"--output_path would replace {self.output_path}, which is averaged")
 
 
 def find_file(path: Path) -> Path:

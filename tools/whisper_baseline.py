@@ -11,8 +11,8 @@ over 30 s through its `transcribe`, window by window.
         --data_path untranscribed.jsonl --result_path whisper.jsonl --as_manifest pseudo.jsonl
 
 also writes a manifest for train.py: the same lines, with what Whisper hears as `txt`. It leaves
-out hallucinations, and what Whisper takes for no speech. `--spell_numbers True` writes "twenty",
-not "20".
+out hallucinations, what Whisper takes for no speech, and audio that cannot be read.
+`--spell_numbers True` writes "twenty", not "20".
 """
 
 import time
@@ -151,7 +151,13 @@ def main(argv: list[str] | None = None) -> None:
     results, rows, rejected = [], [], defaultdict(list)
     start = time.perf_counter()
     for utterance in tqdm(utterances):  # one by one, as Whisper's beam search takes no batches
-        audio = utterance.load()
+        try:
+            audio = utterance.load()
+        except InputError:
+            if args.as_manifest is None:  # a test set is scored whole, or not at all
+                raise
+            rejected["cannot be read"].append(utterance.name)
+            continue
         text, no_speech = decode(model, audio, args.language, args.num_beams, suppressed)
         utterance.hypotheses[args.num_beams] = text
         result = make_result(utterance, args.num_beams)
