@@ -285,7 +285,7 @@ def load_whisper(name: str) -> nn.Module:
         # those of transformers are called whisper-tiny, and lie in folders of that name
         parts = [part.removeprefix("whisper-") for part in Path(name).parts]
         meant = [part for part in parts if part in names]
-        if meant:
+        if meant and name not in names:  # a right name fails where it cannot be fetched
             reason += f"; transformers' files are others: did you mean {meant[-1]}?"
         elif isinstance(error, KeyError):
             reason = f"it has no {error}, as files of transformers have none"

@@ -6,6 +6,8 @@ import random
 import shutil
 from dataclasses import fields, replace
 from pathlib import Path
+from unittest.mock import Mock
+from urllib.error import URLError
 
 import pytest
 import tiny
@@ -148,6 +150,9 @@ def test_files_and_names_of_transformers_are_no_whisper_and_the_name_is_given(
     for name in ("openai/whisper-large-v3", "whisper-large-v3/", "whisper-large-v3/model.bin"):
         with pytest.raises(InputError, match="did you mean large-v3[?].; valid names: tiny.en"):
             build(replace(config, whisper_model_name_or_path=name))
+    monkeypatch.setattr("whisper.load_model", Mock(side_effect=URLError("no network")))
+    with pytest.raises(InputError, match="URLError: [^;]*no network[^;]*; valid names"):
+        build(replace(config, whisper_model_name_or_path="base"))
 
 
 def test_what_is_no_llm_and_no_folder_for_the_cache_is_refused_by_name(paths, config):
