@@ -78,6 +78,9 @@ recognize $shipped demo/speech/test.jsonl $exp/before
 
 step "$training"
 echo "loss and listening gap are in nats a token; WER is of 20 sentences that training never sees"
+if [ -e $trained/trainer_state.json ] && [ $shipped -nt $trained/trainer_state.json ]; then
+    rm -r $trained  # of the projector that shipped before a pull
+fi
 if [ ! -e $trained/trainer_state.json ]; then
     .venv/bin/python train.py --data_path demo/speech/train.jsonl --output_dir $trained \
         --llm_model_name_or_path demo/models/$llm \

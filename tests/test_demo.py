@@ -1,6 +1,7 @@
 """The demo: what is stopped goes on, what is there is kept, and what it ships is whole."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -158,12 +159,13 @@ def test_the_demo_refuses_an_argument_that_it_does_not_know():
 def run_demo(folder, *arguments):
     """The commands that demo/run.sh gives Python, which is not there to take them."""
     python = folder / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
+    python.parent.mkdir(parents=True, exist_ok=True)
     folders = "demo/exp/trained demo/exp/from-scratch demo/exp/qwen2.5-0.5b/trained"
     python.write_text(f'#!/bin/sh\necho "$@" >> calls.txt\nmkdir -p {folders}\n')
     python.chmod(0o755)
-    (folder / "demo").mkdir()
+    (folder / "demo").mkdir(exist_ok=True)
     (folder / "demo" / "environment.sh").touch()
+    (folder / "calls.txt").unlink(missing_ok=True)
     script = shutil.copy(ROOT / "demo" / "run.sh", folder / "demo")
     subprocess.run(["bash", script, *arguments], check=True, capture_output=True)
     return (folder / "calls.txt").read_text()
@@ -186,6 +188,19 @@ def test_the_demo_fetches_another_llm_only_where_it_is_asked_for(tmp_path):
     calls = run_demo(tmp_path / "nothing", "--from-scratch")
     [training] = [call for call in calls.splitlines() if call.startswith("train.py")]
     assert "--projector_model_path" not in training
+
+
+def test_the_demo_trains_again_where_a_newer_projector_ships(tmp_path):
+    assert "train.py" in run_demo(tmp_path)
+    state = tmp_path / "demo" / "exp" / "trained" / "trainer_state.json"
+    state.touch()
+    projector = tmp_path / "demo" / "projector.safetensors"
+    projector.touch()
+    os.utime(projector, (0, 0))
+    assert "train.py" not in run_demo(tmp_path)
+    os.utime(state, (0, 0))
+    projector.touch()
+    assert "train.py" in run_demo(tmp_path)
 
 
 @pytest.mark.parametrize(
