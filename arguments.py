@@ -397,8 +397,13 @@ def check_result_path(path: Path, inputs: list[str | Path]) -> None:
     """InputError if it is a folder, or one of the files that the command reads."""
     if path.is_dir():
         raise InputError(f"--result_path must be a file, got the folder {path}")
-    if path.resolve() in [Path(other).resolve() for other in inputs]:
+    if is_among(path, inputs):
         raise InputError(f"--result_path would replace {path}, which is read: give another file")
+
+
+def is_among(path: Path, others: list[str | Path]) -> bool:
+    """Whether a path is the file of one of the others, however they are written."""
+    return path.resolve() in [Path(other).resolve() for other in others]
 
 
 def check_not_negative(flag: str, value: float) -> None:

@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.hf_argparser import HfArg
 from whisper.audio import SAMPLE_RATE
 
-from arguments import check_positive
+from arguments import check_positive, is_among
 from command import InputError, parse_arguments, run_command
 from experiments.silence import make_noise
 from machine import choose_bf16
@@ -152,7 +152,7 @@ def select(args: SelectArguments) -> None:
 
 def prepare_output(path: Path, inputs: list[str]) -> None:
     """Make the folder of a file to be written; InputError if it is one of those that are read."""
-    if path.resolve() in [Path(other).resolve() for other in inputs]:
+    if is_among(path, inputs):
         raise InputError(f"{path} is in --data_path, too: write to another place")
     path.parent.mkdir(parents=True, exist_ok=True)
 

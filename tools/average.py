@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers.hf_argparser import HfArg
 
+from arguments import is_among
 from command import InputError, parse_arguments, run_command
 from loading import last_part, read_config
 
@@ -35,8 +36,8 @@ class Arguments:
             raise InputError(f"--projector_model_paths must be two or more, got {count}")
         if self.output_path.is_dir():
             raise InputError(f"--output_path must be a file, got the folder {self.output_path}")
-        given = [find_file(path).resolve() for path in self.projector_model_paths]
-        if self.output_path.resolve() in given:
+        given = [find_file(path) for path in self.projector_model_paths]
+        if is_among(self.output_path, given):
             raise InputError(f"--output_path would replace {self.output_path}, which is averaged")
 
 

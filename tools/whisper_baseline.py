@@ -28,7 +28,7 @@ from transformers.hf_argparser import HfArg
 from whisper.audio import N_SAMPLES
 from whisper.tokenizer import LANGUAGES, get_tokenizer
 
-from arguments import ScoringArguments, check_positive, check_result_path
+from arguments import ScoringArguments, check_positive, check_result_path, is_among
 from command import InputError, parse_arguments, run_command
 from loading import load_whisper
 from manifest import Utterance, read_manifest
@@ -69,7 +69,7 @@ class Arguments(ScoringArguments):
 
 def check_manifest(path: Path, others: list[str | Path]) -> None:
     """InputError if it cannot be written, or is one of the other files of the command."""
-    if path.resolve() in [Path(other).resolve() for other in others]:
+    if is_among(path, others):
         raise InputError(f"--as_manifest: {path} is also another flag's file: give another")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
