@@ -1,4 +1,5 @@
-# Sourced by demo/run.sh and tests/run.sh: makes .venv, or reuses it, and installs what is given.
+# Sourced by the scripts of demo/, tests/ and experiments/: makes .venv, or reuses it, and installs
+# what is given.
 #
 #     source demo/environment.sh requirements.txt demo/requirements.txt
 

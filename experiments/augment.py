@@ -9,13 +9,13 @@
     python -m experiments.augment speak --text_path words.txt text.txt --output_dir spoken
 
 `select` makes transcripts lower-case without punctuation, and leaves utterances out, among them
-those with digits; for readable text `--lower False --cased True` keeps those that have case, and
-them as they are. `speed` copies utterances faster or slower, and so higher or lower. `disturb`
-copies them with noise or other speakers behind, half of them in a room that echoes. `join` makes
-long utterances of neighbours in the manifest that have the same `spk`. `draw` draws rows of words
-from the LLM's vocabulary, each word equally often. `write` lets the LLM write short sentences
-around such words. `speak` lets the demo's offline voice say them, and some numbers, at different
-speeds and pitches with a little noise. `speed`, `disturb`, `join` and `speak` end in
+those with digits; for readable text `--lower False --cased True` keeps those that have case, as
+they are. `speed` copies utterances faster or slower, and so higher or lower. `disturb` copies them
+with noise or other speakers behind, half of them in a room that echoes. `join` makes long
+utterances of neighbours in the manifest that have the same `spk`. `draw` draws rows of words from
+the LLM's vocabulary, each word equally often. `write` lets the LLM write short sentences around
+such words. `speak` lets the demo's offline voice say them, and some numbers, at different speeds
+and pitches with a little noise. `speed`, `disturb`, `join` and `speak` end in
 OUTPUT_DIR/manifest.jsonl.
 """
 

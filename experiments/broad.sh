@@ -6,11 +6,11 @@
 # from the repository's root, after demo/run.sh, whose models and voice it uses. EN and EN2 are
 # folders with train.jsonl and dev.jsonl; lines have `spk`, and `src` that begins with
 # speechocean762, cv or librispeech. It trains on both corpora, long utterances joined of short
-# ones, copies of the learners at four other speeds, and a voice that reads SmolLM2's 8,000 most
-# common words, each twelve times. LLM is another folder of demo/models: its projector begins with
-# what SmolLM2's projector in OUT has learnt to hear. SEED is that of all three trainings, 42 if not
-# given; another LLM wants SmolLM2 of the same SEED in OUT. An LLM takes about three hours on two
-# cores. What is there already is not made again.
+# ones, copies of the learners at four other speeds, and a voice that reads digits and SmolLM2's
+# 8,000 most common words, each twelve times. LLM is another folder of demo/models: its projector
+# begins with what SmolLM2's projector in OUT has learnt to hear. SEED is that of all three
+# trainings, 42 if not given; another LLM wants SmolLM2 of the same SEED in OUT. An LLM takes about
+# three hours on two cores. What is there already is not made again.
 set -euo pipefail
 smollm2=SmolLM2-135M-Instruct
 en=$1 en2=$2 out=$3 llm=${4:-$smollm2} seed=${5:-42}

@@ -9,9 +9,10 @@
 # and each utterance of both corpora. Two more of all utterances have other seeds, and one has the
 # encoder of Whisper tiny.en. Transcripts that Whisper base itself writes (three hours on one core)
 # stand beside every 16th utterance, for as many others, and beside EN, for all of EN2. Every 4th is
-# trained on with disturbed copies, too, and recognised as it is and disturbed. All trainings see
-# 12,800 utterances. Those of every 16th, every 4th and each utterance also recognise 100 others
-# every 200 steps, for a figure. What is there already is not made again.
+# trained on with disturbed copies, too; with and without them, the test sets are recognised as they
+# are and disturbed. All trainings see 12,800 utterances. Those of every 16th, every 4th and each
+# utterance also recognise 100 others every 200 steps, for a figure. What is there already is not
+# made again.
 set -euo pipefail
 en=$1 en2=$2 out=$3
 train=("$en/train.jsonl" "$en2/train.jsonl") dev=("$en/dev.jsonl" "$en2/dev.jsonl")
@@ -39,7 +40,7 @@ add_heard "$out/pseudo.jsonl" "$out/hours-1.jsonl" "$out/others.jsonl"
 select_lower "$out/en.jsonl" "$en/train.jsonl"
 add_heard "$out/pseudo-en2.jsonl" "$out/en.jsonl" "$en2/train.jsonl"
 
-disturb() { # OUT, IN: copies with noise, other speakers or an echo
+disturb() { # OUT, IN: copies with noise or other speakers behind, half of them with an echo
     [ -e "$1/manifest.jsonl" ] || $python -m experiments.augment disturb \
         --data_path "$2" --output_dir "$1"
 }
