@@ -3,10 +3,10 @@
 #
 #     bash experiments/ablations.sh TRAIN.jsonl DEV.jsonl LLM WHISPER.pt OUT [ARM...]
 #
-# from the repository's root, after demo/run.sh. 3,200 English utterances of at most 5 s are seen, the first half with
-# the CTC loss alone; every fifth utterance of DEV is evaluated. Transcripts are lower-case without
-# punctuation, in all but one arm. A curve that is there already is not computed again, so that it
-# can be stopped and go on.
+# from the repository's root, after demo/run.sh. 3,200 English utterances of at most 5 s are seen,
+# the first half with the CTC loss alone; every fifth utterance of DEV is evaluated. Transcripts are
+# lower-case without punctuation, in all but one arm. A curve that is there already is not computed
+# again, so that it can be stopped and go on.
 set -euo pipefail
 train=$1 dev=$2 llm=$3 whisper=$4 out=$5 only=" ${*:6} "
 python=.venv/bin/python
