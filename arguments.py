@@ -77,7 +77,7 @@ class TrainingArguments(transformers.TrainingArguments):
         help="How many encoder positions (20 ms) one audio position joins; default 5.",
     )
     data_path: list[str] = HfArg(
-        help="JSONL manifests to train on; one that is named twice counts twice."
+        help="JSONL manifests to train on, all behind one flag; one named twice counts twice.",
     )
     eval_data_path: list[str] | None = HfArg(
         default=None,
@@ -212,7 +212,7 @@ class RecognitionArguments(ScoringArguments):
         help="The model.safetensors that train.py wrote, or user/name on the Hub.",
     )
     data_path: list[str] = HfArg(
-        help="JSONL manifests; lines without txt are recognised and not scored.",
+        help="JSONL manifests, behind one flag; lines without txt are recognised and not scored.",
     )
     result_path: Path = HfArg(
         help="JSONL of the results; several beams have a file each.",
@@ -263,12 +263,12 @@ class RecognitionArguments(ScoringArguments):
         check_no_empty(self)
         for beams in self.num_beams:
             check_positive("num_beams", beams)
+        self.num_beams = [*dict.fromkeys(self.num_beams)]  # each once
         check_positive("batch_size", self.batch_size)
         check_not_negative("ctc_weight", self.ctc_weight)
         check_not_negative("num_workers", self.num_workers)
         if self.max_new_tokens is not None:
             check_positive("max_new_tokens", self.max_new_tokens)
-        check_result_path(self.result_path, self.data_path)
 
 
 def plain_name(metric: str) -> str:

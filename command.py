@@ -38,6 +38,7 @@ def run_command(main: Callable[[], None]) -> None:
     Everything else keeps its traceback: whoever changes the code must see where it broke.
     """
     sys.excepthook = report_exception
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are not UTF-8
     try:
         main()
     except InputError as error:

@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import fields, replace
+from json import JSONDecodeError
 from pathlib import Path
 
 import torch
@@ -82,7 +83,7 @@ def load_llm(name: str, dtype: torch.dtype, attention: str | None):
         )
     except torch.OutOfMemoryError:
         raise
-    except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as error:
+    except Exception as error:  # of many kinds, as those of tokenizers are no more than Exception
         reason, wanted = explain(error)
         raise InputError(
             f"--llm_model_name_or_path {name} cannot be loaded: {reason}; {wanted}"
@@ -116,6 +117,11 @@ def explain(error: Exception) -> tuple[str, str]:
         return (
             f"its weights are no whole file ({reason})",
             "fetch them again, from git with git lfs",
+        )
+    if isinstance(error, JSONDecodeError) or type(error) is Exception:  # of tokenizers
+        return (
+            f"a .json file of it cannot be read ({reason})",
+            "fetch its files again, from git with git lfs",
         )
     if isinstance(error, ImportError):
         return reason, "install what it needs, or take another LLM"

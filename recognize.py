@@ -108,7 +108,7 @@ def write_results(path: Path, results: list[dict], mode: str) -> None:
     """A JSON object a line; InputError where the system does not let it be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open(mode, encoding="utf-8", errors="replace") as file:
+        with path.open(mode, encoding="utf-8", errors="backslashreplace") as file:
             for result in results:
                 file.write(json.dumps(result, ensure_ascii=False) + "\n")
     except OSError as error:
@@ -118,12 +118,12 @@ def write_results(path: Path, results: list[dict], mode: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(RecognitionArguments, argv)
     paths = result_paths(args.result_path, args.num_beams)
-    for path in paths.values():
+    # hypotheses as they come, which are left where the run is stopped
+    parts = {beams: path.with_name(f"{path.name}.part") for beams, path in paths.items()}
+    for path in [*paths.values(), *parts.values()]:
         check_result_path(path, args.data_path)
     utterances = read_manifest(args.data_path, need_text=False)
     state = get_process()
-    # hypotheses as they come, which are left where the run is stopped
-    parts = {beams: path.with_name(f"{path.name}.part") for beams, path in paths.items()}
     if state.is_main_process:
         for part in parts.values():
             write_results(part, [], "w")  # what cannot be written is found before the work

@@ -42,13 +42,13 @@ def load_audio(path: str, start: float = 0.0, end: float | None = None) -> np.nd
     if end is not None:
         check_part(path, start, end, start + len(frames) / rate)
     audio = soxr.resample(frames.mean(axis=1), rate, SAMPLE_RATE)
-    check_samples(audio, path)
+    check_samples(audio, path if end is None else f"{path} from {start:.2f} to {end:.2f} s")
     return audio
 
 
 def read_frames(path: str, start: float, end: float | None) -> tuple[np.ndarray, int]:
     """Frames (S, channels) as they are in the file, and how many there are in a second."""
-    with soundfile.SoundFile(path) as file:
+    with soundfile.SoundFile(os.fsencode(path)) as file:
         rate = file.samplerate
         first = round(start * rate)
         count = -1  # all
@@ -65,7 +65,7 @@ def read_frames(path: str, start: float, end: float | None) -> tuple[np.ndarray,
 
 def read_blocks(path: str) -> Iterator[np.ndarray]:
     """Frames (at most `BLOCK`, channels), to the end of a file whose length is unknown."""
-    with Stream(path) as file:
+    with Stream(os.fsencode(path)) as file:
         block = file.read(BLOCK, dtype="float32", always_2d=True)
         yield block
         while len(block) == BLOCK:
@@ -74,7 +74,9 @@ def read_blocks(path: str) -> Iterator[np.ndarray]:
 
 
 def check_part(path: str, start: float, end: float, file_end: float) -> None:
-    """InputError if a part ends after its file."""
+    """InputError if a part starts or ends after its file."""
+    if start >= file_end:
+        raise InputError(f"{path} ends before this part, at {start:.2f} s, starts")
     if end > file_end + OVERSHOOT:
         raise InputError(f"{path} ends before {end:.2f} s: its part from {start:.2f} s is too long")
 
@@ -90,7 +92,7 @@ def check_samples(audio: np.ndarray, name: str) -> None:
 def read_header(path: str | Path) -> float | None:
     """Seconds of audio by the header of a file; None if that does not tell."""
     try:
-        header = soundfile.info(path)
+        header = soundfile.info(os.fsencode(path))
     except (RuntimeError, TypeError) as error:  # libsndfile's, and that of .raw
         raise InputError(f"{path} cannot be read as audio: {error}") from error
     if header.frames == UNKNOWN:
@@ -111,4 +113,4 @@ def read_duration(path: str | Path) -> float:
         raise InputError(f"{path} cannot be decoded as audio: {error}") from error
     if frames == 0:
         raise InputError(f"{path} holds no samples")
-    return frames / soundfile.info(path).samplerate
+    return frames / soundfile.info(os.fsencode(path)).samplerate

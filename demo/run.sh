@@ -78,7 +78,8 @@ recognize $shipped demo/speech/test.jsonl $exp/before
 
 step "$training"
 echo "loss and listening gap are in nats a token; WER is of 20 sentences that training never sees"
-if [ -e $trained/trainer_state.json ] && [ $shipped -nt $trained/trainer_state.json ]; then
+if [ "$*" != --from-scratch ] && [ -e $trained/trainer_state.json ] &&
+    [ $shipped -nt $trained/trainer_state.json ]; then
     rm -r $trained  # of the projector that shipped before a pull
 fi
 if [ ! -e $trained/trainer_state.json ]; then

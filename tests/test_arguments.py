@@ -85,6 +85,12 @@ def test_an_empty_value_is_not_taken_for_none_in_recognition():
         parse_arguments(RecognitionArguments, [*given.split(), "--encoder_cache", ""])
 
 
+def test_a_beam_that_is_given_twice_is_decoded_once():
+    given = "--projector_model_path p --data_path m.jsonl --result_path r --num_beams 5 1 5"
+    args = parse_arguments(RecognitionArguments, given.split())
+    assert args.num_beams == [5, 1]
+
+
 def test_an_empty_prompt_and_seed_0_are_values():
     args = parse("--seed 0 --data_seed 0 --ctc_weight 0 --ctc_first 0", "--prompt", "")
     assert (args.prompt, args.seed, args.data_seed) == ("", 0, 0)

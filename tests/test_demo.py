@@ -201,6 +201,11 @@ def test_the_demo_trains_again_where_a_newer_projector_ships(tmp_path):
     os.utime(state, (0, 0))
     projector.touch()
     assert "train.py" in run_demo(tmp_path)
+    # but a training from nothing is none of that projector
+    state = tmp_path / "demo" / "exp" / "from-scratch" / "trainer_state.json"
+    state.touch()
+    os.utime(state, (0, 0))
+    assert "train.py" not in run_demo(tmp_path, "--from-scratch")
 
 
 @pytest.mark.parametrize(

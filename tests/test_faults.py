@@ -88,6 +88,7 @@ RECOGNITION = {
     "--result_path folder": r"--result_path must be a file, got the folder",
     "--result_path m.jsonl": r"--result_path would replace m.jsonl, which is read",
     "--result_path m.jsonl --data_path m.beam1.jsonl --num_beams 1 3": r"replace m.beam1.jsonl",
+    "--result_path o.jsonl --data_path o.jsonl.part": r"replace o.jsonl.part, which is read",
     "--result_path a.wav/out.jsonl": r"--result_path: cannot write a.wav/out.jsonl",
     "--data_path none.jsonl": r"cannot read .*none.jsonl.*: ",
     "--projector_model_path none.safetensors": r"cannot be read as a projector file",

@@ -224,6 +224,11 @@ def spoil(weights):
     return weights
 
 
+def make_pointer(path):
+    """What a clone without git lfs has in place of a file."""
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 3\n")
+
+
 BROKEN = {
     "pointer": "its weights are no whole file .*; fetch them again, from git with git lfs",
     "lost": "its files lack 3 of its weights, model.layers.1.mlp.down_proj.weight among them",
@@ -232,6 +237,9 @@ BROKEN = {
     "remote": "it needs code of its own, and none that comes with a model is run; wanted an LLM t",
     "quantised": "cannot be loaded: .*pip install.*; install what it needs, or take another LLM",
     "tokenizer": "it has no tokenizer that can be read; put its tokenizer.json there",
+    "tokenizer pointer": r"a .json file of it cannot be read \(.*\); fetch its files again,",
+    "tokenizer cut": r"a .json file of it cannot be read \(.*\); fetch its files again,",
+    "setting": "Validation error for field 'vocab_size'",
     "empty": "its tokenizer has no token for a space: put its tokenizer.json there",
     "small": "its tokenizer has a token 262, and the LLM embeddings of 200 tokens: put the token",
     "spoilt": "fails in training: ValueError: its loss is nan, and no gradient reaches its inputs",
@@ -243,7 +251,7 @@ def test_an_llm_whose_files_are_broken_is_refused_in_one_line(paths, config, tmp
     folder = Path(shutil.copytree(paths.llama, tmp_path / "llm"))
     weights, settings = folder / "model.safetensors", folder / "config.json"
     if fault == "pointer":
-        weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 3\n")
+        make_pointer(weights)
     elif fault == "lost":
         edit_weights(folder, lose)
     elif fault == "renamed":
@@ -259,6 +267,13 @@ def test_an_llm_whose_files_are_broken_is_refused_in_one_line(paths, config, tmp
         edit(settings, quantization_config={"quant_method": "awq", "bits": 4, "group_size": 128})
     elif fault == "tokenizer":
         (folder / "tokenizer.json").unlink()
+    elif fault == "tokenizer pointer":
+        make_pointer(folder / "tokenizer.json")
+    elif fault == "tokenizer cut":  # as Llama 3's, which tokenizers reads by itself
+        edit(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+        (folder / "tokenizer.json").write_text("{")
+    elif fault == "setting":
+        edit(settings, vocab_size="many")
     elif fault == "empty":  # which transformers makes where a folder of Qwen has none
         folder = Path(shutil.copytree(paths.qwen, tmp_path / "qwen"))
         (folder / "tokenizer.json").unlink()

@@ -171,7 +171,8 @@ PARTS = {
     '"duration": 10000': '"duration" is 10000 s, but a.wav has 0.40 s: give that, or none',
     '"duration": 1': '"duration" is 1 s, but a.wav has 0.40 s: give that, or none',
     '"offset": 0, "duration": 1': "a.wav ends before 1.00 s: its part from 0.00 s is too long",
-    '"start": 5, "end": 6': "a.wav ends before 6.00 s: its part from 5.00 s is too long",
+    '"start": 5, "end": 6': "a.wav ends before this part, at 5.00 s, starts",
+    '"start": 0.42, "end": 0.8': "a.wav ends before this part, at 0.42 s, starts",
     '"start": 0.4': "a.wav ends before this part, at 0.4 s, starts",
     '"start": 0.2, "end": 0.2': '"end" must be after "start", 0.2, got 0.2',
     '"start": -1, "end": 2': '"start" must be a number of seconds, 0 or more, got -1',
@@ -209,7 +210,7 @@ def test_of_a_large_manifest_the_strangest_durations_are_checked(folder, monkeyp
 
 def test_a_part_behind_its_file_is_named_when_it_is_read(folder):
     utterance = Utterance("a.wav", 1.0, start=5.0, end=6.0)
-    with pytest.raises(InputError, match="^a.wav ends before 6.00 s: its part from 5.00 s is too"):
+    with pytest.raises(InputError, match="^a.wav ends before this part, at 5.00 s, starts"):
         utterance.load()
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 from pathlib import Path
 from typing import get_args
@@ -291,7 +292,13 @@ def test_plain_pairs(tmp_path, capsys):
     (folder / "broken.wav").write_bytes(b"no audio")
     write(folder / "broken.txt", "go")
     write(folder / "lost.txt", "go")
-    assert shorten(run(folder, "pairs")) == [(wav, None, None, "go on", "s1")]
+    name = os.fsdecode(b"caf\xe9")  # in Latin-1
+    other = str(folder / "s2" / f"{name}.wav")
+    (folder / "s2").mkdir()
+    os.rename(make_sound(folder / "s2.wav"), other)
+    write(folder / "s2" / f"{name}.txt", "go")
+    rows = shorten(run(folder, "pairs"))
+    assert rows == [(wav, None, None, "go on", "s1"), (other, None, None, "go", "s2")]
     assert capsys.readouterr().out.splitlines()[1:] == [
         "1 rejected: no audio for the text (lost)",
         "1 rejected: no text (s1/alone)",

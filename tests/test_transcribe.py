@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -106,14 +107,18 @@ def test_a_broken_file_is_named_and_the_others_are_printed(projector, model, tmp
     (folder / "notes.txt").write_text("no audio")
     (folder / "broken.wav").write_text("no audio")
     command = [sys.executable, "-m", "tools.transcribe", "--projector_model_path", projector]
-    command += ["--num_beams", "2", "--bf16", "False", "--wav", files[0], str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    os.rename(files[1], os.fsencode(folder / "a") + b"\xe9.wav")  # as in Latin-1
+    command += ["--num_beams", "2", "--bf16", "False", "--wav", files[0], str(folder), "-"]
+    with open(files[0], "rb") as sound:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=sound)
     assert done.returncode == 1
-    texts = transcribe(model, files, 2)
-    lines = map("\t".join, zip(files, texts))
+    names = [files[0], f"{folder}/a\\udce9.wav", files[2], "-"]
+    audios = [files[0], f"{folder}/a\udce9.wav", files[2], files[0]]
+    texts = transcribe(model, audios, 2)
+    lines = map("\t".join, zip(names, texts))
     assert done.stdout.splitlines() == list(lines)
     assert f"error: {folder}/broken.wav cannot be decoded as audio" in done.stderr
-    assert "error: 1 of 4 files have no transcript; they are named above" in done.stderr
+    assert "error: 1 of 5 files have no transcript; they are named above" in done.stderr
     assert " s of audio" in done.stderr  # the bar
     assert "Traceback" not in done.stderr
 
@@ -179,7 +184,14 @@ def test_cues_keep_to_the_words_and_end_at_pauses():
     cues = formats.join_words(many)
     assert all(len(text) <= 84 for _, _, text in cues)
     assert " ".join(text for _, _, text in cues) == " ".join(word["word"] for word in many)
-    assert formats.format_time(3723.0046, ",") == "01:02:03,005"
+    chinese = make_words(*[(i, i + 0.5) for i in range(5)])
+    for word, text in zip(chinese, ["今", "天，", "好", "ok", "吗"]):
+        word["word"] = text
+    assert [text for _, _, text in formats.join_words(chinese)] == ["今天，好 ok 吗"]
+    long = make_words((3723.0046, 3724))
+    [segment] = [formats.Segment(3723, 3725, "w", long)]
+    printed = formats.format_transcript(formats.Transcript("a", [segment]), "srt")
+    assert "01:02:03,005 --> 01:02:04,000" in printed
 
 
 def test_standard_input_is_a_file_like_others(run, model, tmp_path, monkeypatch):
@@ -264,3 +276,5 @@ def test_a_flac_of_unknown_length_is_no_audio_of_endless_length(tmp_path):
     flac[22:26] = bytes(4)
     Path(path).write_bytes(flac)
     assert len(audio.read_audio(path, max_seconds=60)) == 1600
+    with pytest.raises(InputError, match="a.flac has 0.00167 minutes of audio, at most 0.000833"):
+        audio.read_audio(path, max_seconds=0.05)

@@ -4,6 +4,7 @@ Shapes: S samples, mono at 16 kHz.
 """
 
 import math
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from whisper.audio import N_SAMPLES, SAMPLE_RATE
 
 from command import InputError
 from manifest import Utterance
-from sound import check_samples, load_audio, read_header
+from sound import check_samples, load_audio, read_duration
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf")
 # what ffmpeg is asked for; a playlist among them would make it open other files
@@ -99,16 +100,16 @@ def read_stream(stream: BinaryIO, name: str, max_seconds: float = math.inf) -> n
 def is_known(path: str) -> bool:
     """Whether libsndfile knows the format, or there is no file."""
     try:
-        soundfile.info(path)
+        soundfile.info(os.fsencode(path))
     except (RuntimeError, TypeError):  # libsndfile's, and that of .raw
         return not Path(path).is_file()
     return True
 
 
 def guess_duration(path: str) -> float:
-    """Seconds of audio by the header of a file; 0 where that tells none."""
+    """Seconds of audio; 0 where libsndfile does not know the format."""
     try:
-        return read_header(path) or 0.0
+        return read_duration(path)
     except InputError:
         return 0.0
 

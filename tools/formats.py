@@ -2,11 +2,18 @@
 
 import html
 import json
+import re
 from dataclasses import asdict, dataclass
+
+from whisper.utils import format_timestamp
+
+from words import SCRIPT
 
 FORMATS = ("txt", "jsonl", "srt", "vtt")
 CUE_LENGTH = 84  # characters of a subtitle at most, two lines of 42; only words with times are cut
 PAUSE = 1.0  # seconds without a word after which a subtitle ends
+# a space that Chinese and Japanese do not have, also behind their full stop and comma
+NO_GAP = re.compile(rf"(?<=[{SCRIPT}\u3000-\u303f\uff00-\uff60]) (?=[{SCRIPT}])")
 
 
 @dataclass
@@ -53,11 +60,13 @@ def format_transcript(transcript: Transcript, kind: str) -> str:
     blocks = []
     for number, (start, end, text) in enumerate(list_cues(transcript), start=1):
         text = text.replace("-->", "->")  # which a player would read as times
+        point = "." if kind == "vtt" else ","
+        first, last = (format_timestamp(x, True, point) for x in (start, end))
+        times = f"{first} --> {last}"
         if kind == "vtt":
             text = html.escape(text, quote=False)
-            blocks.append(f"{format_time(start, '.')} --> {format_time(end, '.')}\n{text}\n")
+            blocks.append(f"{times}\n{text}\n")
         else:
-            times = f"{format_time(start, ',')} --> {format_time(end, ',')}"
             blocks.append(f"{number}\n{times}\n{text}\n")
     if kind == "vtt":
         blocks.insert(0, "WEBVTT\n")
@@ -90,18 +99,9 @@ def join_words(words: list[dict]) -> list[tuple[float, float, str]]:
     for word in words:
         if cues:
             start, end, text = cues[-1]
-            joined = f"{text} {word['word']}"
+            joined = NO_GAP.sub("", f"{text} {word['word']}")
             if len(joined) <= CUE_LENGTH and word["start"] - end < PAUSE:
                 cues[-1] = (start, word["end"], joined)
                 continue
         cues.append((word["start"], word["end"], word["word"]))
     return cues
-
-
-def format_time(seconds: float, point: str) -> str:
-    """Hours, minutes, seconds and milliseconds, as subtitles have them."""
-    milliseconds = round(1000 * seconds)
-    minutes, milliseconds = divmod(milliseconds, 60_000)
-    hours, minutes = divmod(minutes, 60)
-    whole, milliseconds = divmod(milliseconds, 1000)
-    return f"{hours:02}:{minutes:02}:{whole:02}{point}{milliseconds:03}"

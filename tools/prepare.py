@@ -176,7 +176,8 @@ def write_manifest(rows: list[dict], path: Path) -> None:
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(lines), encoding="utf-8")
+        # of a name that is not UTF-8 a byte becomes JSON's \udc.., which read_manifest takes back
+        path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise InputError(f"cannot write the manifest {path}: {error.strerror}") from error
     hours = sum(row["duration"] for row in rows) / 3600

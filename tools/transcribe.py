@@ -216,10 +216,13 @@ def choose_paths(files: list[str], kind: str, folder: Path | None) -> dict[str, 
 
 
 def write(transcript: Transcript, kind: str, path: Path | None) -> None:
-    """Print a transcript, or write it to a path."""
+    """Print a transcript, or write it to a path; InputError where that cannot be written."""
     text = format_transcript(transcript, kind)
     if path is not None:
-        path.write_text(text, encoding="utf-8")
+        try:
+            path.write_text(text, encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            raise InputError(f"--output_dir: cannot write {path}: {error.strerror}") from error
         return
     if kind == "txt":
         text = f"{transcript.name}\t{text}"
@@ -234,8 +237,8 @@ def main(argv: list[str] | None = None) -> None:
     model = args.load_model()
     state = get_process()
     failed = 0
-    total = round(sum(guess_duration(file) for file in files))
-    bar = tqdm(total=total, unit=" s of audio", disable=not state.is_main_process)
+    seconds = sum(guess_duration(file) for file in files if file != STANDARD_INPUT)
+    bar = tqdm(total=round(seconds), unit=" s of audio", disable=not state.is_main_process)
     for group, errors in read_groups(files):
         failed += len(errors)
         if state.is_main_process:

@@ -4,7 +4,7 @@
     python -m tools.upload --projector_model_path exp/model.safetensors --repo_id user/name \
         --results_path table.md --language en
 
-Log in first: hf auth login. `--card_path README.md` writes the card, and uploads nothing. What is
+Log in first: hf auth login. `--card_path card.md` writes the card, and uploads nothing. What is
 uploaded is used by `--projector_model_path user/name`.
 """
 
