@@ -83,7 +83,7 @@ def load_llm(name: str, dtype: torch.dtype, attention: str | None):
         )
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # of many kinds, as those of tokenizers are no more than Exception
+    except Exception as error:  # transformers and tokenizers raise many kinds
         reason, wanted = explain(error)
         raise InputError(
             f"--llm_model_name_or_path {name} cannot be loaded: {reason}; {wanted}"
@@ -118,7 +118,8 @@ def explain(error: Exception) -> tuple[str, str]:
             f"its weights are no whole file ({reason})",
             "fetch them again, from git with git lfs",
         )
-    if isinstance(error, JSONDecodeError) or type(error) is Exception:  # of tokenizers
+    # tokenizers raises Exception itself
+    if isinstance(error, (JSONDecodeError, KeyError)) or type(error) is Exception:
         return (
             f"a .json file of it cannot be read ({reason})",
             "fetch its files again, from git with git lfs",

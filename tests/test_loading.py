@@ -238,7 +238,8 @@ BROKEN = {
     "quantised": "cannot be loaded: .*pip install.*; install what it needs, or take another LLM",
     "tokenizer": "it has no tokenizer that can be read; put its tokenizer.json there",
     "tokenizer pointer": r"a .json file of it cannot be read \(.*\); fetch its files again,",
-    "tokenizer cut": r"a .json file of it cannot be read \(.*\); fetch its files again,",
+    "tokenizer empty": r"a .json file of it cannot be read .'added_tokens'.; fetch its files ag",
+    "tokenizer other": r"a .json file of it cannot be read \(.*\); fetch its files again,",
     "setting": "Validation error for field 'vocab_size'",
     "empty": "its tokenizer has no token for a space: put its tokenizer.json there",
     "small": "its tokenizer has a token 262, and the LLM embeddings of 200 tokens: put the token",
@@ -269,9 +270,10 @@ def test_an_llm_whose_files_are_broken_is_refused_in_one_line(paths, config, tmp
         (folder / "tokenizer.json").unlink()
     elif fault == "tokenizer pointer":
         make_pointer(folder / "tokenizer.json")
-    elif fault == "tokenizer cut":  # as Llama 3's, which tokenizers reads by itself
-        edit(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
-        (folder / "tokenizer.json").write_text("{")
+    elif fault == "tokenizer empty":
+        (folder / "tokenizer.json").write_text("{}")
+    elif fault == "tokenizer other":
+        (folder / "tokenizer.json").write_text('{"added_tokens": [], "model": 3}')
     elif fault == "setting":
         edit(settings, vocab_size="many")
     elif fault == "empty":  # which transformers makes where a folder of Qwen has none
