@@ -155,6 +155,9 @@ def test_subtitles_go_to_a_folder_with_a_file_for_each(run, tmp_path):
     out = tmp_path / "new" / "out"
     assert run("--output", "srt", "--output_dir", out, "--wav", *files) == ""
     assert {path.name for path in out.iterdir()} == {"a.srt", "b.srt"}
+    (out / "a.vtt").mkdir()
+    with pytest.raises(InputError, match=f"--output_dir: cannot write {out}/a.vtt: Is a directory"):
+        run("--output", "vtt", "--output_dir", out, "--wav", *files)
     cue = r"00:00:00{0}\d\d\d --> 00:00:0[01]{0}\d\d\d\n\S"
     assert re.match("1\n" + cue.format(","), (out / "a.srt").read_text())
     printed = run("--output", "vtt", "--wav", files[0])
