@@ -121,7 +121,7 @@ def explain(error: Exception) -> tuple[str, str]:
     # tokenizers raises Exception itself
     if isinstance(error, (JSONDecodeError, KeyError)) or type(error) is Exception:
         return (
-            f"a .json file of it cannot be read ({reason})",
+            f"one of its .json files cannot be read ({reason})",
             "fetch its files again, from git with git lfs",
         )
     if isinstance(error, ImportError):
