@@ -269,6 +269,7 @@ class RecognitionArguments(ScoringArguments):
         check_not_negative("num_workers", self.num_workers)
         if self.max_new_tokens is not None:
             check_positive("max_new_tokens", self.max_new_tokens)
+        check_result_path(self.result_path, self.data_path)
 
 
 def plain_name(metric: str) -> str:
@@ -394,11 +395,19 @@ def check_drop_last(args: TrainingArguments, flag: str, utterances: int, batch_s
 
 
 def check_result_path(path: Path, inputs: list[str | Path]) -> None:
-    """InputError if it is a folder, or one of the files that the command reads."""
+    """InputError if it is a folder, or if it or its part is a file that the command reads."""
     if path.is_dir():
         raise InputError(f"--result_path must be a file, got the folder {path}")
-    if is_among(path, inputs):
-        raise InputError(f"--result_path would replace {path}, which is read: give another file")
+    for written in (path, part_path(path)):
+        if is_among(written, inputs):
+            raise InputError(
+                f"--result_path would replace {written}, which is read: give another file"
+            )
+
+
+def part_path(path: Path) -> Path:
+    """Where results are until all are there: a stop leaves the file at `path` whole."""
+    return path.with_name(f"{path.name}.part")
 
 
 def is_among(path: Path, others: list[str | Path]) -> bool:

@@ -10,7 +10,7 @@ from typing import NoReturn
 import numpy as np
 
 from command import InputError
-from sound import LONGEST, OVERSHOOT, check_part, load_audio, read_duration, read_header
+from sound import LONGEST, OVERSHOOT, check_part, load_audio, name_part, read_duration, read_header
 
 SHOWN_ERRORS = 10  # bad lines that are named; all are counted
 CHECKED = 1000  # files of a manifest that are opened to check its durations
@@ -33,9 +33,7 @@ class Utterance:
     @property
     def name(self) -> str:
         """The file, and which part of it, for messages."""
-        if self.end is None and self.start == 0:
-            return self.path
-        return f"{self.path} from {self.start:.2f} s"
+        return name_part(self.path, self.start, self.end)
 
     @property
     def claimed(self) -> float | None:

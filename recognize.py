@@ -19,7 +19,7 @@ from accelerate.utils import tqdm
 from torch.utils.data import DataLoader
 
 import scoring
-from arguments import RecognitionArguments, check_result_path
+from arguments import RecognitionArguments, check_result_path, part_path
 from command import InputError, parse_arguments, run_command
 from ctc import CTC_WEIGHT
 from loading import load
@@ -118,12 +118,12 @@ def write_results(path: Path, results: list[dict], mode: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(RecognitionArguments, argv)
     paths = result_paths(args.result_path, args.num_beams)
-    # hypotheses as they come, which are left where the run is stopped
-    parts = {beams: path.with_name(f"{path.name}.part") for beams, path in paths.items()}
-    for path in [*paths.values(), *parts.values()]:
+    for path in paths.values():
         check_result_path(path, args.data_path)
     utterances = read_manifest(args.data_path, need_text=False)
     state = get_process()
+    # hypotheses as they come, which are left where the run is stopped
+    parts = {beams: part_path(path) for beams, path in paths.items()}
     if state.is_main_process:
         for part in parts.values():
             write_results(part, [], "w")  # what cannot be written is found before the work

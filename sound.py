@@ -42,7 +42,7 @@ def load_audio(path: str, start: float = 0.0, end: float | None = None) -> np.nd
     if end is not None:
         check_part(path, start, end, start + len(frames) / rate)
     audio = soxr.resample(frames.mean(axis=1), rate, SAMPLE_RATE)
-    check_samples(audio, path if end is None else f"{path} from {start:.2f} to {end:.2f} s")
+    check_samples(audio, name_part(path, start, end))
     return audio
 
 
@@ -71,6 +71,13 @@ def read_blocks(path: str) -> Iterator[np.ndarray]:
         while len(block) == BLOCK:
             block = file.read(BLOCK, dtype="float32", always_2d=True)
             yield block
+
+
+def name_part(path: str, start: float, end: float | None) -> str:
+    """The file, and which part of it, for messages."""
+    if end is None and start == 0:
+        return path
+    return f"{path} from {start:.2f} s"
 
 
 def check_part(path: str, start: float, end: float, file_end: float) -> None:

@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.hf_argparser import HfArg
 from whisper.audio import SAMPLE_RATE
 
-from arguments import check_positive, is_among
+from arguments import check_positive, is_among, part_path
 from command import InputError, parse_arguments, run_command
 from experiments.silence import make_noise
 from machine import choose_bf16
@@ -165,7 +165,7 @@ def make_plain(text: str) -> str:
 
 def write_manifest(path: Path, rows: list[dict]) -> None:
     """Under another name first, so that a manifest that is there is whole."""
-    part = path.with_name(f"{path.name}.part")
+    part = part_path(path)
     with part.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -6,8 +6,8 @@
 # from the repository's root, such as base:SmolLM2-135M-Instruct:5:42; the models are those that
 # demo/models.py made in demo/models. Each projector is trained on 19,200 utterances of TRAIN, the
 # first half with the CTC loss alone (21 minutes on two cores). With `copies` it is trained on
-# 44,800, copies at four other speeds among them, the first 70 % with the CTC loss alone, with
-# `--ctc_weight 1`. DEV is decoded with a beam of 5, as by Whisper's decoder. What is there already
+# 44,800, copies at four other speeds among them, the first 70 % with the CTC loss alone;
+# `--ctc_weight` is 1. DEV is decoded with a beam of 5, as by Whisper's decoder. What is there already
 # is not made again.
 set -euo pipefail
 train=$1 dev=$2 out=$3

@@ -192,7 +192,7 @@ def test_cues_keep_to_the_words_and_end_at_pauses():
         word["word"] = text
     assert [text for _, _, text in formats.join_words(chinese)] == ["今天，好 ok 吗"]
     long = make_words((3723.0046, 3724))
-    [segment] = [formats.Segment(3723, 3725, "w", long)]
+    segment = formats.Segment(3723, 3725, "w", long)
     printed = formats.format_transcript(formats.Transcript("a", [segment]), "srt")
     assert "01:02:03,005 --> 01:02:04,000" in printed
 

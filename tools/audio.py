@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import BinaryIO
@@ -20,7 +20,7 @@ from whisper.audio import N_SAMPLES, SAMPLE_RATE
 
 from command import InputError
 from manifest import Utterance
-from sound import check_samples, load_audio, read_duration
+from sound import check_samples, load_audio, read_duration, read_header
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf")
 # what ffmpeg is asked for; a playlist among them would make it open other files
@@ -70,7 +70,8 @@ def read_audio(path: str, max_seconds: float = math.inf) -> np.ndarray:
     InputError for what neither reads, and says so where ffmpeg is not installed; and for audio that
     is longer than `max_seconds`.
     """
-    check_length(guess_duration(path), max_seconds, path)
+    if max_seconds < math.inf:
+        check_length(guess_duration(path, read_duration), max_seconds, path)
     try:
         return load_audio(path)
     except InputError as error:
@@ -106,10 +107,10 @@ def is_known(path: str) -> bool:
     return True
 
 
-def guess_duration(path: str) -> float:
-    """Seconds of audio; 0 where libsndfile does not know the format."""
+def guess_duration(path: str, measure: Callable[[str], float | None] = read_header) -> float:
+    """Seconds of audio by the header of a file, or by another measure; 0 where that tells none."""
     try:
-        return read_duration(path)
+        return measure(path) or 0.0
     except InputError:
         return 0.0
 

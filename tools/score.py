@@ -17,7 +17,7 @@ from pathlib import Path
 from transformers.hf_argparser import HfArg
 
 import scoring
-from arguments import ScoringArguments
+from arguments import ScoringArguments, part_path
 from command import InputError, parse_arguments, run_command
 from manifest import check_duration, parse_json_object, read_lines, show
 from recognize import write_results
@@ -136,7 +136,7 @@ def report(
                 row[by] = name
             table.append({**row, **scoring.score(members, metric, normalizer)})
         dropped += scoring.list_hallucinations(str(path), scored[path])
-        part = path.with_name(f"{path.name}.part")  # a stop leaves the file whole
+        part = part_path(path)
         write_results(part, results, "w")
         part.replace(path)
     return scoring.format_report(table, dropped, metric, normalizer)

@@ -28,7 +28,7 @@ from transformers.hf_argparser import HfArg
 from whisper.audio import N_SAMPLES
 from whisper.tokenizer import LANGUAGES, get_tokenizer
 
-from arguments import ScoringArguments, check_positive, check_result_path, is_among
+from arguments import ScoringArguments, check_positive, check_result_path, is_among, part_path
 from command import InputError, parse_arguments, run_command
 from loading import load_whisper
 from manifest import Utterance, read_manifest
@@ -61,6 +61,7 @@ class Arguments(ScoringArguments):
 
     def __post_init__(self):
         check_positive("num_beams", self.num_beams)
+        check_result_path(self.result_path, [*self.data_path, *self.beside])
         if self.language not in LANGUAGES:
             codes = ", ".join(LANGUAGES)
             raise InputError(f"--language must be one of {codes}, got {self.language}")
@@ -136,14 +137,12 @@ def make_row(utterance: Utterance, text: str) -> dict:
 @torch.inference_mode()
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(Arguments, argv)
-    part = args.result_path.with_name(f"{args.result_path.name}.part")
-    for path in (args.result_path, part):
-        check_result_path(path, [*args.data_path, *args.beside])
     utterances = read_manifest(args.data_path, need_text=False)
     if args.as_manifest is not None:
         check_manifest(args.as_manifest, [*args.data_path, args.result_path, *args.beside])
     for path in args.beside:
         read_results(path)  # what is no result is found before the work
+    part = part_path(args.result_path)
     write_results(part, [], "w")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_whisper(args.whisper_model_name_or_path).to(device)
